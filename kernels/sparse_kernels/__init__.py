@@ -1,0 +1,5 @@
+"""The sparse vector of neural tuning (DESIGN: Eq. 1-3) as one operation, with a plain PyTorch reference."""
+
+from sparse_kernels.sparse_vector import sparse_vector
+
+__all__ = ["sparse_vector"]

@@ -1,0 +1,138 @@
+"""From settings to objects: the one place that reads `pipeline.config`'s dataclasses and makes the parts of a run.
+
+Cheap things are checked first, so that a wrong path or number is answered in seconds: the LM's config and the CLIP
+before its weights, the shards' manifest before anything large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import DataArguments, ModelArguments
+from pipeline.data import prompts
+from pipeline.data.collate import Collator
+from pipeline.data.reader import ShardDataset
+from pipeline.data.tokens import TokenMap
+from pipeline.model.backbone import enable_checkpointing, tune_layers
+from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
+from pipeline.model.sparse import SparseNetwork
+from pipeline.model.tuner import NeuralTuner
+from pipeline.model.vision import VisionTower
+
+
+def load_vision(model: ModelArguments, device: torch.device) -> VisionTower:
+    """The frozen CLIP on its device. Raises ValueError naming what is missing or does not fit."""
+    taps = model.tap_layers(10**6) if model.clip_taps else None
+    tower = VisionTower.from_local(model.clip, model.clip_weights or None, taps=taps)
+    return tower.to(device)
+
+
+def load_token_map(model: ModelArguments) -> TokenMap:
+    """The LM's tokenizer with the task tokens behind its vocabulary; reads the LM's config, not its weights."""
+    if not Path(model.base).is_dir():
+        raise ValueError(f"--base {model.base} is not a folder with a Hugging Face model (config.json, *.safetensors)")
+    vocabulary = AutoConfig.from_pretrained(model.base).vocab_size
+    return TokenMap(AutoTokenizer.from_pretrained(model.base), vocabulary, model.max_objects)
+
+
+def make_collator(
+    model: ModelArguments, data: DataArguments, token_map: TokenMap, tower: VisionTower, seed: int
+) -> Collator:
+    """The maker of batches for this LM and this CLIP."""
+    patches = tower.grid // model.image_merge
+    if tower.grid % model.image_merge:
+        raise ValueError(
+            f"--image_merge {model.image_merge} does not divide the CLIP's {tower.grid} x {tower.grid} patches"
+        )
+    image_tokens = patches * patches + int(model.image_cls)
+    return Collator(
+        token_map,
+        image_size=tower.image_size,
+        mean=tower.mean,
+        std=tower.std,
+        mask_size=mask_size(model, tower),
+        image_prefix=prompts.image_prefix(model.image_prefix, image_tokens),
+        max_length=data.max_length,
+        mask_tokens=model.mask_tokens,  # type: ignore[arg-type]
+        referring_objects=data.referring_objects,
+        seed=seed,
+        tasks=data.task_names,
+    )
+
+
+def mask_size(model: ModelArguments, tower: VisionTower) -> int:
+    """Side of the mask decoder's output in pixels."""
+    return tower.grid * ((model.mask_upsample or tower.patch_size) // 4) ** 2
+
+
+def open_split(folder: str, split: str) -> ShardDataset:
+    """One split of a packed data set. Raises ValueError with the packing command when it is not there."""
+    return ShardDataset(Path(folder), split)
+
+
+def load_llm(model: ModelArguments, dtype: torch.dtype) -> torch.nn.Module:
+    """The frozen LM in `dtype`, with the attention that transformers chooses."""
+    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype)
+
+
+def make_tuner(
+    model: ModelArguments, llm: torch.nn.Module, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+) -> NeuralTuner:
+    """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
+    layers = llm.config.num_hidden_layers
+    first = model.first_tuned_layer
+    assert first is not None
+    if first >= layers:
+        raise ValueError(f"--first_tuned_layer {first}: the LM has {layers} layers, counted from 0")
+
+    def network(index: int, hidden: int, out_features: dict[str, int]) -> SparseNetwork:
+        return SparseNetwork(
+            hidden,
+            model.z_dim,
+            out_features,
+            alpha=model.alpha,  # type: ignore[arg-type]
+            beta=model.beta,
+            activation=model.activation,  # type: ignore[arg-type]
+            norm=bool(model.sparse_norm),
+            inference_sparsity=bool(model.inference_sparsity),
+            pattern=model.activation_pattern,
+            layer_index=index,
+            depth=(index - first, layers - first),
+            seed=seed,
+        )
+
+    tune_layers(llm, first_layer=first, projections=model.projections, make_network=network)
+    hidden = llm.config.hidden_size
+    rows = llm.get_input_embeddings().weight
+    tuner = NeuralTuner(
+        llm,
+        max_objects=model.max_objects,
+        projector=ImageProjector(
+            tower.width, hidden, merge=model.image_merge, use_cls=model.image_cls, output_rms=_rms(rows)
+        ),
+        mask_decoder=MaskDecoder(
+            tower.width,
+            hidden,
+            tower.grid,
+            dim=model.mask_dim,
+            layers=len(tower.taps),
+            upsample=model.mask_upsample or tower.patch_size,
+        ),
+        clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
+        train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
+    )
+    if gradient_checkpointing:
+        enable_checkpointing(llm)
+    return tuner
+
+
+def _rms(table: torch.Tensor) -> float:
+    """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
+    # Under ZeRO-3 the table may be cut up; LLaMA's 0.02 stands in then, as in ImageProjector's default.
+    if not table.numel():
+        return 0.02
+    return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

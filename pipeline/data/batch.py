@@ -1,0 +1,140 @@
+"""The dataclasses in which data and model meet. Imports torch and the standard library only.
+
+Shape letters: B rows, T tokens, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP embedding,
+N patches of the vision tower, C its width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that carries no loss; PyTorch's cross-entropy leaves it out by default."""
+
+_Holder = TypeVar("_Holder")
+
+
+class Counts(NamedTuple):
+    """What the losses are averaged over: labelled tokens, masks, pictures to make."""
+
+    tokens: int
+    masks: int
+    pictures: int
+
+
+def _map_tensors(holder: _Holder, change: Callable[[Tensor], Tensor]) -> _Holder:
+    """A copy of a dataclass with `change` applied to its tensors, and to the tensors of its tuples."""
+
+    def apply(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, tuple):
+            return tuple(apply(part) for part in value)
+        return value
+
+    assert dataclasses.is_dataclass(holder) and not isinstance(holder, type)
+    return dataclasses.replace(holder, **{f.name: apply(getattr(holder, f.name)) for f in dataclasses.fields(holder)})
+
+
+@dataclass(kw_only=True)
+class VisionFeatures:
+    """What the frozen vision tower says of B pictures.
+
+    tokens     [B,1+N,C] last block, the CLS token first
+    taps       some blocks' outputs, each [B,1+N,C], CLS first, in the order in which the mask decoder reads them
+    embedding  [B,E] the projected, unnormalised CLIP embedding
+    """
+
+    tokens: Tensor
+    taps: tuple[Tensor, ...]
+    embedding: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "VisionFeatures":
+        """A copy on `device`, in `dtype` if one is given."""
+        return _map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype, non_blocking=True))
+
+    def select(self, rows: Tensor) -> "VisionFeatures":
+        """The features of the pictures `rows` [R] (long), in that order; a row may be asked for more than once."""
+        return _map_tensors(self, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch for training.
+
+    keys, tasks      one per row; both are empty in an empty batch, which still has one row of padding (no label, no
+                     mask, no picture), so that every rank calls the same modules
+    input_ids        [B,T] long, right-padded; image slots hold TokenMap.image_id
+    attention_mask   [B,T] long, 1 on tokens
+    labels           [B,T] long: at t the id of the token at t where it carries loss, else IGNORE. The logits that
+                     predict it come from the state at t-1
+    pixel_values     [B,3,S,S] float32, CLIP-normalised; of every row, also of those that must make the picture
+    mask_rows        [M] long, row of each mask
+    mask_positions   [M] long, position t of its <OBJ-i> in input_ids; the state that predicts it is at t-1
+    masks            [M,K,K] float32 in {0,1}
+    gen_rows, gen_positions  [G] long, the same for <GEN>
+    clip_targets     [G,E] float32 from the shards, or None: the vision tower's embedding of pixel_values[gen_rows]
+    skipped          "key: reason" of the samples that should have been here and could not be read
+    """
+
+    keys: list[str]
+    tasks: list[str]
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+    mask_rows: Tensor
+    mask_positions: Tensor
+    masks: Tensor
+    gen_rows: Tensor
+    gen_positions: Tensor
+    clip_targets: Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on `device`; asynchronous from pinned memory."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory; the DataLoader calls this when pin_memory=True."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def counts(self) -> Counts:
+        """How many labelled tokens, masks and pictures this micro-batch holds."""
+        return Counts(int((self.labels != IGNORE).sum()), self.masks.shape[0], self.gen_rows.shape[0])
+
+
+@dataclass(kw_only=True)
+class PromptBatch:
+    """Prompts for generation and scoring, without their answers.
+
+    input_ids       [B,T] long, LEFT-padded, ending right before the answer
+    attention_mask  [B,T] long
+    pixel_values    [B,3,S,S] float32
+    references      per row: index (of the sample in its split), answer, caption, question, size (height, width) of the
+                    masks in pixels, object_indices, masks (full-resolution COCO RLE, in target order: <OBJ-1> first),
+                    names (the objects' categories, same order), phrases (what the prompt called them; referring only)
+    answer_ids      the right answer's ids, end token included, for teacher-forced scoring
+    skipped         "key: reason" of the samples that could not be read
+    """
+
+    keys: list[str]
+    tasks: list[str]
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    references: list[dict[str, Any]]
+    answer_ids: list[list[int]]
+    skipped: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        """A copy on `device`."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PromptBatch":
+        """A copy in page-locked memory."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())

@@ -1,0 +1,232 @@
+"""From samples and their places in the order to tensors: the only maker of Batch and PromptBatch.
+
+A sequence is: begin token, picture slots (tasks that see one), "Question: ... Answer:", answer, end token. Only the
+answer and the end token carry loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import prompts, rle
+from pipeline.data.batch import IGNORE, Batch, PromptBatch
+from pipeline.data.images import shrink_mask, to_pixels
+from pipeline.data.order import Item, keyed_rng
+from pipeline.data.schema import Sample
+from pipeline.data.tasks import TASKS, MaskTokens, TaskOptions, TaskText, check_names, resolve
+from pipeline.data.tokens import TokenMap
+
+_LEAST_ROOM = 16
+"""Tokens that question and answer need at the very least."""
+
+
+@dataclass(slots=True)
+class _Row:
+    sample: Sample
+    item: Item
+    task: str
+    text: TaskText
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    objects: tuple[int, ...]
+    pixels_3SS: Tensor
+
+
+class Collator:
+    """Samples to tensors. A sample that cannot be used (damaged picture, nothing to ask) is left out and named.
+
+    image_size   side of CLIP's input in pixels; mean, std of its normalisation
+    mask_size    side of the mask decoder's output
+    image_prefix the text with the picture's <image> slots, see prompts.image_prefix
+    max_length   longest sequence in tokens, picture slots included. A question that is too long loses words at its end,
+                 then the answer does; an object whose tag is cut loses its target too
+    tasks        the tasks in use; a sample that lacks one falls to the next of these
+    """
+
+    def __init__(
+        self,
+        token_map: TokenMap,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mask_size: int,
+        image_prefix: str,
+        max_length: int,
+        mask_tokens: MaskTokens = "inline",
+        referring_objects: int = 3,
+        seed: int = 0,
+        tasks: Sequence[str] = tuple(TASKS),
+    ) -> None:
+        self.token_map = token_map
+        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+        self.mask_size = mask_size
+        self.max_length = max_length
+        self.seed = seed
+        self.tasks = check_names(tasks)
+        self.options = TaskOptions(
+            referring_objects=referring_objects, max_objects=token_map.max_objects, mask_tokens=mask_tokens
+        )
+        self._begin = [] if token_map.bos_id is None else [token_map.bos_id]
+        self._image_ids = token_map.encode(image_prefix)
+        frame = token_map.encode(prompts.QUESTION_HEAD.strip() + prompts.ANSWER_HEAD)
+        least = len(self._begin) + len(self._image_ids) + len(frame) + _LEAST_ROOM
+        if max_length < least:
+            raise ValueError(f"max_length {max_length} leaves no room for text beside the picture: at least {least}")
+
+    def __call__(self, samples: Sequence[tuple[Sample, Item]], skipped: Sequence[str] = ()) -> Batch:
+        """A training batch. `skipped`: samples already given up on by the reader, as "key: reason"."""
+        rows, gone = self._rows(samples)
+        sequences = [row.prompt_ids + row.answer_ids for row in rows] or [[self.token_map.pad_id]]
+        width = max(len(ids) for ids in sequences)
+        input_ids = torch.full((len(sequences), width), self.token_map.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORE)
+        for r, ids in enumerate(sequences):
+            input_ids[r, : len(ids)] = torch.tensor(ids)
+            # One visible position also in an empty batch: a row of attention over nothing would be NaN.
+            attention_mask[r, : len(ids)] = 1
+        for r, row in enumerate(rows):
+            start = len(row.prompt_ids)
+            labels[r, start : start + len(row.answer_ids)] = torch.tensor(row.answer_ids)
+        mask_places = [place for r, row in enumerate(rows) for place in self._mask_places(r, row)]
+        gen_places = [(r, len(row.prompt_ids)) for r, row in enumerate(rows) if row.text.wants_picture]
+        masks = [mask for row in rows for mask in self._masks(row)]
+        assert len(masks) == len(mask_places)
+        return Batch(
+            keys=[row.sample.key for row in rows],
+            tasks=[row.task for row in rows],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            pixel_values=self._pixels(rows),
+            mask_rows=torch.tensor([r for r, _ in mask_places], dtype=torch.long),
+            mask_positions=torch.tensor([t for _, t in mask_places], dtype=torch.long),
+            masks=torch.stack(masks) if masks else torch.zeros(0, self.mask_size, self.mask_size),
+            gen_rows=torch.tensor([r for r, _ in gen_places], dtype=torch.long),
+            gen_positions=torch.tensor([t for _, t in gen_places], dtype=torch.long),
+            clip_targets=_clip_targets([row.sample for row in rows if row.text.wants_picture]),
+            skipped=[*skipped, *gone],
+        )
+
+    def prompts(self, samples: Sequence[tuple[Sample, Item]], skipped: Sequence[str] = ()) -> PromptBatch:
+        """Prompts without answers, and what the answers should be."""
+        rows, gone = self._rows(samples)
+        width = max((len(row.prompt_ids) for row in rows), default=1)
+        input_ids = torch.full((max(len(rows), 1), width), self.token_map.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for r, row in enumerate(rows):
+            input_ids[r, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+            attention_mask[r, width - len(row.prompt_ids) :] = 1
+        if not rows:
+            attention_mask[:] = 1
+        return PromptBatch(
+            keys=[row.sample.key for row in rows],
+            tasks=[row.task for row in rows],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=self._pixels(rows),
+            references=[self._reference(row) for row in rows],
+            answer_ids=[row.answer_ids for row in rows],
+            skipped=[*skipped, *gone],
+        )
+
+    def _rows(self, samples: Sequence[tuple[Sample, Item]]) -> tuple[list[_Row], list[str]]:
+        rows, gone = [], []
+        for sample, item in samples:
+            try:
+                rows.append(self._row(sample, item))
+            except ValueError as error:
+                gone.append(f"{sample.key}: {error}")
+        return rows, gone
+
+    def _row(self, sample: Sample, item: Item) -> _Row:
+        task = resolve(sample, item.task, self.tasks)
+        rng = keyed_rng("text", self.seed, task.name, item.sample, item.epoch)
+        text = task.build(sample, rng, self.options)
+        begin = self._begin + (self._image_ids if task.needs_image else [])
+        question_ids, answer_ids = self._fit(text, self.max_length - len(begin))
+        numbers = [n for n in map(self.token_map.object_number, answer_ids) if n is not None]
+        assert numbers == list(range(1, len(numbers) + 1))
+        pixels = to_pixels(sample.image, image_size=self.image_size, mean=self.mean, std=self.std)
+        objects = text.object_indices[: len(numbers)]
+        return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, pixels)
+
+    def _fit(self, text: TaskText, room: int) -> tuple[list[int], list[int]]:
+        """Ids of the framed question and of the answer with its end token, together at most `room`."""
+        question = self.token_map.encode(prompts.dialogue(text.prompt))
+        answer = self._answer_ids(text.answer)
+        if len(question) + len(answer) > room:
+            # The question gives way first, but not below half of the room: an endless answer must not erase it.
+            question = self._cut_question(text.prompt, max(room - len(answer), room // 2))
+            answer = self._cut_answer(text.answer, room - len(question))
+        if len(question) + len(answer) > room:
+            raise ValueError("a single word of the text is longer than max_length leaves room for")
+        return question, answer
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return [*self.token_map.encode(" " + answer, continued=True), self.token_map.eos_id]
+
+    def _cut_question(self, prompt: str, room: int) -> list[int]:
+        words = prompt.split(" ")
+        return _longest(len(words), room, lambda n: self.token_map.encode(prompts.dialogue(" ".join(words[:n]))))
+
+    def _cut_answer(self, answer: str, room: int) -> list[int]:
+        words = answer.split(" ")
+        tail = [word for word in words if word.startswith("<OBJ-")] if self.options.mask_tokens == "end" else []
+        words = words[: len(words) - len(tail)]
+        return _longest(len(words), room, lambda n: self._answer_ids(" ".join(words[:n] + tail)))
+
+    def _mask_places(self, r: int, row: _Row) -> list[tuple[int, int]]:
+        start = len(row.prompt_ids)
+        number_of = self.token_map.object_number
+        return [(r, t) for t, i in enumerate(row.answer_ids, start=start) if number_of(i) is not None]
+
+    def _masks(self, row: _Row) -> list[Tensor]:
+        return [shrink_mask(rle.decode(row.sample.objects[i].mask), self.mask_size) for i in row.objects]
+
+    def _pixels(self, rows: Sequence[_Row]) -> Tensor:
+        if not rows:
+            return torch.zeros(1, 3, self.image_size, self.image_size)
+        return torch.stack([row.pixels_3SS for row in rows])
+
+    def _reference(self, row: _Row) -> dict[str, Any]:
+        chosen = [row.sample.objects[i] for i in row.objects]
+        return {
+            "index": row.item.sample,
+            "answer": row.text.answer,
+            "caption": row.sample.caption,
+            "question": row.text.prompt,
+            "size": (row.sample.height, row.sample.width),
+            "object_indices": list(row.objects),
+            "masks": [each.mask for each in chosen],
+            "names": [each.category for each in chosen],
+            "phrases": row.text.reference.get("phrases", []),
+        }
+
+
+def _longest(words: int, room: int, ids_of: Any) -> list[int]:
+    """ids_of(n) for the largest n >= 1 whose ids fit into `room`; ids_of(1) if none does (bisection)."""
+    fits, fails = 1, words + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if len(ids_of(middle)) <= room:
+            fits = middle
+        else:
+            fails = middle
+    return ids_of(fits)
+
+
+def _clip_targets(samples: Sequence[Sample]) -> Tensor | None:
+    """[G,E] float32 if the data set was packed with embeddings, None if it was not."""
+    have = [sample for sample in samples if sample.clip is not None]
+    if not have:
+        return None
+    if len(have) != len(samples):
+        lacking = next(sample.key for sample in samples if sample.clip is None)
+        raise ValueError(f"some samples hold a CLIP embedding and some, such as {lacking}, do not: pack them alike")
+    return torch.from_numpy(np.stack([sample.clip for sample in have if sample.clip is not None]).astype(np.float32))

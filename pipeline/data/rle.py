@@ -1,0 +1,136 @@
+"""Masks as COCO run-length encodings: make, check, decode, compare. The one place that calls pycocotools' mask code.
+
+A mask is {"size": [height, width], "counts": str}: COCO's compressed form, as in `instances.json`, with text counts so
+that it is plain JSON. Runs go down the columns and begin with a run of zeros.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+MAX_PIXELS = 64_000_000
+"""Largest mask in pixels; the size comes from files, and decoding allocates it."""
+
+
+def _with_text_counts(rle: dict[str, Any]) -> dict[str, Any]:
+    counts = rle["counts"]
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii")
+    return {"size": [int(rle["size"][0]), int(rle["size"][1])], "counts": counts}
+
+
+def _runs(counts: str) -> list[int]:
+    """The run lengths behind compressed counts (pycocotools' rleFrString, with its arithmetic and with checks)."""
+    runs: list[int] = []
+    value, shift = 0, 0
+    for char in counts:
+        code = ord(char) - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"a mask's counts hold the character {char!r}, which COCO's encoding does not use")
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("a mask's counts hold a run longer than any picture")
+        if not code & 0x20:
+            if code & 0x10:
+                value -= 1 << shift
+            if len(runs) > 2:
+                value += runs[-2]
+            runs.append(value)
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("a mask's counts end in the middle of a run")
+    return runs
+
+
+def check(rle: Any) -> None:
+    """Raise ValueError unless `rle` is a whole compressed mask whose runs cover exactly its size.
+
+    pycocotools itself trusts the runs, so masks from files pass here before they reach its C code.
+    """
+    if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
+        raise ValueError('a mask must be {"size": [height, width], "counts": text}')
+    size = rle["size"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise ValueError(f"a mask's size must be two positive whole numbers, found {str(size)[:60]}")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"a mask of {size[0]} x {size[1]} pixels is above the limit of {MAX_PIXELS}")
+    if not isinstance(rle["counts"], str):
+        raise ValueError(f"a mask's counts must be text, found {type(rle['counts']).__name__}")
+    runs = _runs(rle["counts"])
+    if any(run < 0 for run in runs) or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"a mask's runs do not add up to its size {size[0]} x {size[1]}: it is cut or damaged")
+
+
+def encode(mask_HW: np.ndarray) -> dict[str, Any]:
+    """The RLE of a mask [H,W] of any number type; non-zero is inside."""
+    assert mask_HW.ndim == 2
+    return _with_text_counts(coco.encode(np.asfortranarray(mask_HW != 0, dtype=np.uint8)))
+
+
+def decode(rle: dict[str, Any]) -> np.ndarray:
+    """The mask as uint8 [H,W] in {0,1}."""
+    return coco.decode(rle)
+
+
+def area(rle: dict[str, Any]) -> int:
+    """Pixels inside."""
+    return int(coco.area(rle))
+
+
+def from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    """The union of polygons, each flat: x1, y1, x2, y2, ... in pixels, on a picture of `height` x `width`.
+
+    Parts that overlap count once. (Adding the decoded parts up, as is common, gives 2 there.)
+    """
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon needs an even number of at least 6 coordinates, found {len(polygon)}")
+    parts = coco.frPyObjects([[float(x) for x in polygon] for polygon in polygons], height, width)
+    return _with_text_counts(coco.merge(parts))
+
+
+def from_annotation(rle: dict[str, Any]) -> dict[str, Any]:
+    """A checked mask of ours from an annotation's RLE: counts as bytes or text (compressed), or a list of runs."""
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if not isinstance(size, list | tuple) or len(size) != 2 or "counts" not in rle:
+        raise ValueError('a mask must be {"size": [height, width], "counts": ...}')
+    if isinstance(rle["counts"], list):
+        height, width = int(size[0]), int(size[1])
+        runs = rle["counts"]
+        if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != height * width > 0:
+            raise ValueError(f"a mask's runs do not add up to its size {height} x {width}")
+        return _with_text_counts(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width))
+    try:
+        ours = _with_text_counts(rle)
+    except (UnicodeDecodeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"a mask's RLE cannot be read: {error}") from None
+    check(ours)
+    return ours
+
+
+def union(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One mask of all of `rles`; they must be of one size."""
+    if len({tuple(rle["size"]) for rle in rles}) != 1:
+        raise ValueError(f"masks of one object have different sizes: {sorted({tuple(r['size']) for r in rles})}")
+    return _with_text_counts(coco.merge(list(rles)))
+
+
+def intersection(a: dict[str, Any], b: dict[str, Any]) -> int:
+    """Pixels inside both masks."""
+    return int(coco.area(coco.merge([a, b], intersect=True)))
+
+
+def iou(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Exact intersection over union; 0 when both are empty."""
+    both = intersection(a, b)
+    either = area(a) + area(b) - both
+    return both / either if either else 0.0
+
+
+def bounding_box(rle: dict[str, Any]) -> tuple[float, float, float, float]:
+    """The smallest box around the mask: x1, y1, x2, y2 in pixels."""
+    x, y, w, h = (float(n) for n in coco.toBbox(rle))
+    return (x, y, x + w, y + h)

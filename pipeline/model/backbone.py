@@ -1,0 +1,118 @@
+"""Tuned layers around any Hugging Face causal LM with separate q, k, v projections; its own forward is never copied.
+
+`tune_layers` replaces layers in `llm.model.layers` by a TunedLayer each. The LM passes on what one layer returns as the
+next one's first argument, so between tuned layers that is the pair (h, zu): zu is an explicit input and output of each
+checkpointed region, and recomputation sees the value that the first pass saw.
+
+Shape suffixes: B batch, T tokens, D hidden, Z sparse dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.model.sparse import SparseNetwork
+
+MakeNetwork = Callable[[int, int, dict[str, int]], SparseNetwork]
+"""(layer index, hidden, out_features by projection) -> the layer's sparse network."""
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """What the hooks of one layer share within one forward."""
+
+    z_prev: Tensor | None
+    zu: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TunedLayer(GradientCheckpointingLayer):
+    """A decoder layer with a sparse network beside its attention.
+
+    The network runs on what self_attn receives (after the input norm); its parts are added to the outputs of the tuned
+    projections (Eq. 5). Takes h or (h, zu) and gives (h, zu), or h alone in the last layer.
+    """
+
+    def __init__(self, layer: nn.Module, network: SparseNetwork, *, last: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.network = network
+        self.last = last
+        self._scratch: _Scratch | None = None
+        layer.self_attn.register_forward_pre_hook(self._run_network, with_kwargs=True)
+        for name in network.out_features:
+            getattr(layer.self_attn, f"{name}_proj").register_forward_hook(_AddPart(self, name))
+
+    def forward(self, carry: Tensor | tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """carry: h [B,T,D], or (h, zu [B,T,Z]) from the tuned layer before."""
+        assert self._scratch is None, "a tuned layer was entered twice"
+        h_BTD, z_prev_BTZ = carry if isinstance(carry, tuple) else (carry, None)
+        # This wrapper is the checkpointed region; a second one inside would recompute without need.
+        self.layer.gradient_checkpointing = False
+        self._scratch = scratch = _Scratch(z_prev_BTZ)
+        try:
+            h_BTD = self.layer(h_BTD, *args, **kwargs)
+        finally:
+            self._scratch = None
+        assert scratch.zu is not None, "the layer did not call self_attn"
+        return h_BTD if self.last else (h_BTD, scratch.zu)
+
+    def _run_network(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._scratch is not None, "a tuned layer's attention ran outside its wrapper"
+        h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self._scratch.zu, self._scratch.parts = self.network(h_BTD, self._scratch.z_prev)
+
+
+class _AddPart:
+    """The forward hook of one tuned projection; a class, so that a model with hooks can be copied and pickled."""
+
+    def __init__(self, owner: TunedLayer, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert self.owner._scratch is not None, "a tuned projection ran outside its layer"
+        return output + self.owner._scratch.parts[self.name].to(output.dtype)
+
+
+def tune_layers(llm: nn.Module, *, first_layer: int, projections: str, make_network: MakeNetwork) -> list[TunedLayer]:
+    """Wraps llm.model.layers[first_layer:] in place and returns the wrappers.
+
+    projections: which of q, k, v to tune, e.g. "qv". Raises ValueError for a model without separate projections, an
+    impossible first layer or choice, or a model that is tuned already.
+    """
+    if not projections or len(set(projections)) != len(projections) or set(projections) - set("qkv"):
+        raise ValueError(f"projections must name each of q, k, v at most once, e.g. 'qv', not {projections!r}")
+    layers = getattr(getattr(llm, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(llm).__name__} has no model.layers: take a LLaMA, Mistral or Qwen causal LM")
+    if not 0 <= first_layer < len(layers):
+        raise ValueError(f"first_tuned_layer must lie in 0..{len(layers) - 1} for this model, not {first_layer}")
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TunedLayer):
+            raise ValueError(f"layer {index} is tuned already: load the base model again")
+        if any(not hasattr(getattr(layer, "self_attn", None), f"{name}_proj") for name in "qkv"):
+            raise ValueError(
+                f"layer {index} ({type(layer).__name__}) has no separate self_attn.q_proj, k_proj and v_proj: take a "
+                "model that has them (LLaMA, Mistral, Qwen2, Qwen3), not one with a fused projection"
+            )
+    wrappers = []
+    for index in range(first_layer, len(layers)):
+        attention = layers[index].self_attn
+        out_features = {name: getattr(attention, f"{name}_proj").out_features for name in projections}
+        network = make_network(index, attention.q_proj.in_features, out_features)
+        layers[index] = wrapper = TunedLayer(layers[index], network, last=index == len(layers) - 1)
+        wrappers.append(wrapper)
+    return wrappers
+
+
+def enable_checkpointing(llm: nn.Module) -> None:
+    """Activation checkpointing for the whole LM: each tuned layer with its sparse network, each other layer alone."""
+    llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for module in llm.modules():
+        if isinstance(module, TunedLayer):
+            module.layer.gradient_checkpointing = False

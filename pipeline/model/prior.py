@@ -1,0 +1,105 @@
+"""The image prior: a causal transformer over VQGAN codes, given the CLIP embedding of the picture (CLIP-GEN).
+
+The transformer is Hugging Face's GPT-2 (pre-norm, GELU, learned positions, as CLIP-GEN's), so sampling, its KV cache,
+top-k, top-p and temperature are those of `generate`. Slot 0 holds the condition, slot i the (i-1)-th code.
+
+Letters in shapes: B batch, E embedding width, N codes per picture, V codebook size, D transformer width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline.model.vqgan import load_weights, read_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriorConfig:
+    """Sizes of the transformer; the defaults are CLIP-GEN's (24 layers, 1024 wide, ViT-B/32 embeddings)."""
+
+    embed_dim: int = 512
+    n_codes: int = 16384
+    n_tokens: int = 256
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    dropout: float = 0.1
+
+
+class ImagePrior(nn.Module):
+    """p(codes | CLIP embedding). Embeddings of any length are taken: they are normalised here, as CLIP-GEN's are."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.condition = nn.Linear(config.embed_dim, config.width)
+        self.transformer = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=config.n_codes,
+                n_positions=config.n_tokens,
+                n_embd=config.width,
+                n_layer=config.layers,
+                n_head=config.heads,
+                activation_function="gelu",
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                bos_token_id=None,
+                eos_token_id=None,
+                pad_token_id=None,
+                tie_word_embeddings=False,
+            )
+        )
+
+    def forward(self, embedding_BE: Tensor, codes_BN: Tensor) -> Tensor:
+        """Logits [B, N, V]; position i predicts code i."""
+        start_B1D = self.condition(F.normalize(embedding_BE.float(), dim=-1)).unsqueeze(1)
+        codes_BTD = self.transformer.get_input_embeddings()(codes_BN[:, :-1])
+        return self.transformer(inputs_embeds=torch.cat([start_B1D, codes_BTD], dim=1)).logits
+
+    def loss(self, embedding_BE: Tensor, codes_BN: Tensor) -> Tensor:
+        """Mean cross-entropy of the codes, in nats."""
+        return F.cross_entropy(self(embedding_BE, codes_BN).flatten(0, 1).float(), codes_BN.flatten())
+
+    @torch.no_grad()
+    def sample(
+        self, embedding_BE: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+    ) -> Tensor:
+        """Codes [B, N] drawn with a KV cache.
+
+        Args:
+            temperature: divides the logits; 0 takes the likeliest code each time.
+            top_k: keep the k likeliest codes (0: all). CLIP-GEN uses 500.
+            top_p: keep the likeliest codes whose mass reaches p. CLIP-GEN uses .95.
+            seed: the draw's seed; the same seed and batch give the same codes.
+        """
+        start_B1D = self.condition(F.normalize(embedding_BE.float(), dim=-1)).unsqueeze(1)
+        drawn = {"do_sample": False} if temperature == 0 else {
+            "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p
+        }
+        n = self.config.n_tokens
+        with torch.random.fork_rng(devices=[start_B1D.device] if start_B1D.is_cuda else []):
+            torch.manual_seed(seed)
+            return self.transformer.generate(
+                inputs_embeds=start_B1D, attention_mask=torch.ones_like(start_B1D[..., 0], dtype=torch.long),
+                max_new_tokens=n, min_new_tokens=n, use_cache=True, **drawn,
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes `config.json` and `model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> ImagePrior:
+        """Reads what `save` wrote; ValueError when a file or a tensor is missing or does not fit."""
+        return load_weights(cls(PriorConfig(**read_config(folder, "image prior"))), folder / "model.safetensors", "image prior")

@@ -1,0 +1,1 @@
+"""What runs a job: ranks, the DeepSpeed engine, checkpoints, tracking, the training loop."""

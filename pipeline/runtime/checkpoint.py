@@ -1,0 +1,246 @@
+"""Checkpoints that survive a kill at any moment and load on any number of ranks and under any ZeRO stage.
+
+`checkpoint-<step>/` holds
+    trained.safetensors     fp32 weights by module name (what inference needs)
+    optimizer.safetensors   Adam's moments, "exp_avg/<name>" and "exp_avg_sq/<name>"
+    state.json              step, schedule, how draws are keyed, reader, configuration, versions, commit, MLflow run
+    manifest.json           bytes and sha256 of the three
+It is written as `checkpoint-<step>.tmp/`, synced to disk, its manifest last, then renamed; only then are older ones
+removed. A folder counts only if its manifest verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.runtime import elastic
+from pipeline.runtime.elastic import TrainedState
+from pipeline.runtime.engine import Engine
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+# A checkpoint that is being replaced by one of the same step bears `.old` for an instant; a kill there must not lose it.
+_NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
+_RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
+_log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    engine: Engine, output_dir: str | Path, *, step: int, state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Writes `checkpoint-<step>` and then removes all but the `keep` newest (0: none). Collective: every rank calls it.
+
+    state: JSON-able facts besides the tensors. Raises RuntimeError on every rank if rank 0 cannot write; the older
+    checkpoints are then untouched.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    tensors = elastic.gather(engine)
+    error: BaseException | None = None
+    if engine.ranks.is_main:
+        facts = {"format": FORMAT, "step": step, "schedule": engine.schedule_state(), "zero_stage": engine.stage}
+        facts |= {"world_size": engine.ranks.world_size, **state}
+        try:
+            write(final, tensors, facts)
+            prune(final.parent, keep=keep, newest=final)
+        except Exception as problem:
+            error = problem
+    engine.ranks.agree(error)
+    return final
+
+
+def load_checkpoint(engine: Engine, path: str | Path) -> dict[str, Any]:
+    """Weights, moments, schedule and counters out of a checkpoint; its state.json's content. Collective.
+
+    Raises ValueError if it is not whole or does not fit the model.
+    """
+    # One rank reads everything to verify it; the others would only load the file system.
+    problems = engine.ranks.from_main(verify(path) if engine.ranks.is_main else [])
+    if problems:
+        raise ValueError(f"{path} is no whole checkpoint: {'; '.join(problems)}")
+    state = read_state(path)
+    moments = Path(path) / MOMENTS
+    tensors = TrainedState(
+        weights=load_file(Path(path) / WEIGHTS), moments=load_file(moments) if moments.exists() else {}
+    )
+    elastic.scatter(engine, tensors, step=state["step"])
+    return state
+
+
+def load_trained(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """The trained weights into a model without DeepSpeed, on any device; returns state.json's content.
+
+    Raises ValueError if the checkpoint is not whole or does not fit the model.
+    """
+    if problems := verify(path):
+        raise ValueError(f"{path} is no whole checkpoint: {'; '.join(problems)}")
+    elastic.load_into(model, load_file(Path(path) / WEIGHTS))
+    return read_state(path)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ValueError if there is none or it is of another format."""
+    try:
+        state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no checkpoint: {STATE} cannot be read ({error})") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> None:
+    """Writes one checkpoint folder; `final` appears only once it is whole. For one process alone."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for stale in final.parent.glob("checkpoint-*.tmp"):
+        shutil.rmtree(stale)
+    part = final.with_name(final.name + ".tmp")
+    part.mkdir()
+    save_file(tensors.weights, part / WEIGHTS, metadata={"format": "pt"})
+    if tensors.moments:
+        save_file(tensors.moments, part / MOMENTS, metadata={"format": "pt"})
+    (part / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
+    for name in files:
+        _sync(part / name)
+    manifest = part / MANIFEST
+    manifest.write_text(
+        json.dumps({"format": FORMAT, "step": facts["step"], "files": files}, indent=1) + "\n", encoding="utf-8"
+    )
+    _sync(manifest)
+    _sync(part)
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(part, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(path: str | Path) -> list[str]:
+    """What is wrong with a checkpoint folder, in words; nothing if it is whole."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    problems = [f"{name} is not in the manifest" for name in (WEIGHTS, STATE) if name not in files]
+    for name, fact in files.items():
+        part = path / name
+        if Path(name).name != name or not part.is_file():
+            problems.append(f"{name} is missing")
+        elif part.stat().st_size != fact["bytes"]:
+            problems.append(f"{name} has {part.stat().st_size} bytes instead of {fact['bytes']}")
+        elif _sha256(part) != fact["sha256"]:
+            problems.append(f"{name} has another sha256 than when it was written")
+    return problems
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that bear a checkpoint's name, whole or not, newest first."""
+    found = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    # At the same step the plain name sorts before its `.old`.
+    ordered = sorted((-int(match[1]), path.name, path) for match, path in found if match)
+    return [(-step, path) for step, _, path in ordered]
+
+
+def find_latest(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, or None; broken ones are passed over with a warning."""
+    for _, path in list_checkpoints(output_dir):
+        problems = verify(path)
+        if not problems:
+            return path
+        _log.warning("%s is not whole and is passed over: %s", path, "; ".join(problems))
+    return None
+
+
+def find_resume(resume: str, output_dir: str | Path) -> Path | None:
+    """What `--resume` means: auto, never, or a folder. Raises ValueError if the folder holds no whole checkpoint."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return find_latest(output_dir)
+    path = Path(resume)
+    found = path if (path / MANIFEST).exists() else find_latest(path)
+    if found is None:
+        raise ValueError(f"--resume {resume}: there is no whole checkpoint")
+    return found
+
+
+def prune(output_dir: str | Path, *, keep: int, newest: Path) -> None:
+    """Removes all but the `keep` newest checkpoints up to `newest`, which is whole; 0 keeps all. Broken ones go too."""
+    if keep < 1:
+        return
+    step = int(newest.name.removeprefix("checkpoint-"))
+    older = [path for number, path in list_checkpoints(output_dir) if number < step]
+    kept = 1
+    for path in older:
+        # Bytes alone are checked here: reading back every older checkpoint at each save would cost more than saving.
+        if kept < keep and (path / MANIFEST).exists():
+            kept += 1
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(output_dir: str | Path) -> Path | None:
+    """Moves an earlier run's files into `earlier-<n>/` within the folder, for a run that starts anew there."""
+    root = Path(output_dir)
+    own = sorted(path for pattern in _RUN_FILES for path in root.glob(pattern))
+    if not own:
+        return None
+    number = 1 + max((int(path.name[8:]) for path in root.glob("earlier-*") if path.name[8:].isdigit()), default=0)
+    target = root / f"earlier-{number}"
+    target.mkdir()
+    for path in own:
+        os.replace(path, target / path.name)
+    return target
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`name: saved -> now` for each leaf that differs between two nested mappings."""
+    lines: list[str] = []
+    for key in sorted(set(saved) | set(now)):
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b)
+        elif a != b:
+            lines.append(f"{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def check_reader(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError if the sample order that a checkpoint was trained on is another than today's."""
+    if lines := differences(saved, json.loads(json.dumps(now))):
+        raise ValueError(
+            f"the checkpoint was trained on another order of samples ({'; '.join(lines)}): go on with the same data, "
+            "seed, tasks and global batch, or start anew with --resume never"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,241 @@
+"""The one door to DeepSpeed: process group, optimizer, ZeRO, and each parameter's full fp32 state.
+
+    ranks = detect()
+    start(ranks)
+    engine = Engine(model, groups, ds_config, ranks, optimizer=settings)
+    loss, parts = engine(batch, features, norms, weights)
+    engine.backward(loss)
+    engine.step()          # steps the optimizer at the end of a global batch
+    close()
+
+DeepSpeed averages gradients over ranks and micro-batches: a loss normalised over the global batch is given to
+`backward` multiplied by world_size * accumulation (see trainer.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from pipeline.runtime.ds_config import OptimizerSettings, offloads
+from pipeline.runtime.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state per element."""
+
+
+def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
+    """Starts the process group: nccl on CUDA, gloo on the CPU."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def close() -> None:
+    """Ends the process group; a ZeRO-3 run that leaves it open ends in abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO-1, 2 or 3 with AdamW, linear warm-up and cosine decay."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        config: Mapping[str, Any],
+        ranks: Ranks,
+        *,
+        optimizer: OptimizerSettings,
+    ) -> None:
+        """groups: torch optimizer groups (params, lr, weight_decay, name); config: from ds_config.resolve.
+
+        Raises ValueError for a 0-dim parameter (DeepSpeed cannot spread one) and for a model without trained ones.
+        """
+        flat = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+        if flat:
+            raise ValueError(f"DeepSpeed cannot hold parameters without a dimension: give {', '.join(flat)} shape (1,)")
+        groups = [dict(group) for group in groups if group["params"]]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("the model has no parameter that is trained")
+        grouped = [id(p) for group in groups for p in group["params"]]
+        assert sorted(grouped) == sorted(map(id, trained.values())), "each trained parameter stands in one group"
+
+        self.ranks = ranks
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self._names = list(trained)
+        kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads(config) else torch.optim.AdamW
+        adam = kind(groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+        self._schedule = get_cosine_schedule_with_warmup(adam, optimizer.warmup_steps, optimizer.total_steps)
+        own = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=adam, lr_scheduler=self._schedule, config=own, dist_init_required=False
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self._engine.module
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of one micro-batch; gradients are averaged over ranks and micro-batches."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """To be called after each micro-batch; True if this one ended a global batch and the weights moved."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        return boundary
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, those before a resume included."""
+        return self._engine.global_steps
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the last step's gradients before clipping; nan before the first step."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of the next step by group name."""
+        return {group.get("name", str(i)): group["lr"] for i, group in enumerate(self._adam.param_groups)}
+
+    @property
+    def _zero(self) -> Any:
+        return self._engine.optimizer
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self._zero.optimizer
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of all that is trained, in the same order on every rank."""
+        parameters = dict(self.module.named_parameters())
+        for name in self._names:
+            yield name, parameters[name]
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The parameter's shape; under ZeRO-3 the tensor at hand may be empty."""
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def shut(self) -> None:
+        """Frees what DeepSpeed hooked into the model; the engine is of no use afterwards."""
+        self._engine.destroy()
+
+    # Below: full fp32 state by parameter. Collective calls: every rank, the same parameters in the same order.
+
+    def get_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 master weight, whole, on every rank."""
+        return safe_get_full_fp32_param(parameter).reshape(self.full_shape(parameter))
+
+    def get_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """One of MOMENTS, whole, fp32, on every rank; needs `has_moments` and `link_moments`."""
+        return safe_get_full_optimizer_state(parameter, key).reshape(self.full_shape(parameter))
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether Adam has state: after the first step or `allocate_moments`."""
+        return all(MOMENTS[0] in self._adam.state.get(flat, {}) for flat in self._flat_groups())
+
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets the fp32 master weight and the weight that the model computes with."""
+        value = value.to(self.ranks.device, torch.float32)
+        if self.stage == 3:
+            safe_set_local_fp32_param(parameter, self._slice(parameter, value))
+            # DeepSpeed's setters leave the bf16 copy alone.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.ranks.is_main:
+                    parameter.data.copy_(value)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    def allocate_moments(self, step: int) -> None:
+        """Gives Adam zero moments at optimizer step `step`, to be filled by `set_moment`."""
+        for flat in self._flat_groups():
+            state = self._adam.state[flat]
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat, dtype=torch.float32)
+            # torch's AdamW counts in a tensor, DeepSpeed's CPU Adam in an int.
+            state["step"] = torch.tensor(float(step)) if isinstance(self._adam, torch.optim.AdamW) else step
+        self.link_moments()
+
+    def link_moments(self) -> None:
+        """Makes get_moment and set_moment see Adam's present moments.
+
+        DeepSpeed links each parameter to its piece once, after the FIRST group's first step, when the other groups
+        have none yet: with several groups its own link is incomplete (0.19.8; ZeRO-3 looks them up each time).
+        """
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Sets one of MOMENTS; needs `allocate_moments`."""
+        value = value.to(self.ranks.device, torch.float32)
+        if self.stage == 3:
+            safe_set_local_optimizer_state(parameter, self._slice(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def set_step(self, step: int) -> None:
+        """Moves the schedule and DeepSpeed's counters to `step` optimizer steps done."""
+        self._schedule.last_epoch = step
+        rates = [base * rate(step) for base, rate in zip(self._schedule.base_lrs, self._schedule.lr_lambdas)]
+        for group, rate in zip(self._adam.param_groups, rates):
+            group["lr"] = rate
+        self._schedule._last_lr = rates
+        self._engine.global_steps = step
+        self._engine.global_samples = step * self._engine.train_batch_size()
+        self._engine.micro_steps = step * self.accumulation
+
+    def schedule_state(self) -> dict[str, Any]:
+        """Where the schedule stands, for the record in a checkpoint."""
+        return {"last_epoch": self._schedule.last_epoch, "base_lrs": list(self._schedule.base_lrs)}
+
+    def _flat_groups(self) -> list[Tensor]:
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        found = [getattr(self._zero, name) for name in names if hasattr(self._zero, name)]
+        assert found, f"{type(self._zero).__name__} keeps its flat fp32 groups elsewhere in this DeepSpeed"
+        return found[0]
+
+    def _slice(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's piece under ZeRO-3, which pads a parameter to a multiple of the world size."""
+        piece = parameter.ds_tensor.numel()
+        padded = torch.zeros(piece * self.ranks.world_size, dtype=value.dtype, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        return padded[piece * self.ranks.rank : piece * (self.ranks.rank + 1)]

@@ -1,0 +1,120 @@
+"""Which rank this process is, on which device, and the few things ranks say to each other.
+
+The only definition of rank, local rank and world size. They come from a launcher's environment (deepspeed, torchrun),
+from a SLURM step (srun with one task per rank), or there is one process alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among its peers. Collectives need a started process group (engine.start) or a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints, logs and writes."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64; every rank must bring as many values."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's (picklable) value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        self.sum([0.0])
+
+    def agree(self, error: BaseException | str | None) -> None:
+        """Raises on every rank if any rank brings an error, so that none waits for one that has stopped."""
+        text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+        failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.gather(text)) if said]
+        if failures:
+            raise RuntimeError("; ".join(failures)) from (error if isinstance(error, BaseException) else None)
+
+
+def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
+    """Reads the launcher's environment and completes it (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    DeepSpeed would look for MPI if any of the five were missing. Raises ValueError if a node runs more ranks than it
+    has GPUs.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_RANK", "0"))
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        # Only srun sets the step's variables: a batch script that runs python by itself is one process.
+        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        local = int(env.get("SLURM_LOCALID", "0"))
+        nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
+        env.setdefault("MASTER_ADDR", first_host(nodes))
+        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+    else:
+        rank, local, world = 0, 0, 1
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
+    env.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world))
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(free_port() if world == 1 else 29500)
+    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env))
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a SLURM node list: n[3-5,9] gives n3."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    return "".join(part or "" for part in found.groups()) if found else nodelist
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _device(local_rank: int, env: MutableMapping[str, str]) -> torch.device:
+    if env.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # srun with --gpus-per-task shows each task one GPU, whatever its local rank.
+    count = torch.cuda.device_count()
+    if count == 1 and "SLURM_STEP_NUM_TASKS" in env and env.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0:
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise ValueError(f"this node runs rank {local_rank + 1} of its ranks but has {count} GPU(s): start fewer ranks")
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,173 @@
+"""The report's keys, its table and files, and the contact sheet's drawing. CPU only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
+from pipeline.scoring.report import CONDITIONS, SCORES, build_report, commit, format_table, versions, write_report
+
+# As the users' scripts read them.
+KEYS = {
+    "referring_miou",
+    "referring_oiou",
+    "reasoning_miou",
+    "reasoning_oiou",
+    "caption_bleu4",
+    "caption_cider",
+    "caption_object_f1",
+    "referring_object_accuracy",
+    "reasoning_object_accuracy",
+    "picture_text_r1_of_50",
+    "picture_clip_cosine",
+}
+RUN = {"samples": 500, "seconds": {"tuned": 12.3}, "versions": {"python": "3.11"}, "commit": "abc", "preset": "mini"}
+
+
+def example() -> dict:
+    return build_report({"tuned": dict.fromkeys(KEYS, 0.5), "untuned": {"caption_cider": np.float32(0.25)}}, RUN)
+
+
+def test_keys_are_exact() -> None:
+    report = example()
+    assert set(SCORES) == KEYS
+    assert set(report) == {"tuned", "untuned", "shuffled", "run"} == set(CONDITIONS) | {"run"}
+    assert all(set(report[condition]) == KEYS for condition in CONDITIONS)
+    assert {"samples", "seconds", "versions", "commit"} <= set(report["run"])
+    assert report["untuned"]["caption_cider"] == 0.25
+    assert report["shuffled"]["caption_cider"] is None
+
+
+def test_files(tmp_path: Path) -> None:
+    path = write_report(
+        example(), tmp_path / "new", sheet="sheet.png", notes="Seed 0.", details={"p_at_0.5": [0.7, float("nan")]}
+    )
+    assert json.loads(path.read_text()) == example()
+    assert json.loads((tmp_path / "new/details.json").read_text()) == {"p_at_0.5": [0.7, None]}
+    text = (tmp_path / "new/report.md").read_text()
+    assert "| referring segmentation | mIoU | 0.500 | – | – |" in text
+    assert "![contact sheet](sheet.png)" in text
+    assert "preset: mini" in text
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["details.json", "report.json", "report.md"]
+
+
+def test_table_has_a_row_per_score() -> None:
+    lines = format_table(example()).splitlines()
+    assert lines[0].split() == list(CONDITIONS)
+    assert len([line for line in lines[2:] if line]) == len(SCORES)
+    assert len({len(line) for line in lines if line}) == 1, "columns line up"
+
+
+def test_report_refusals() -> None:
+    with pytest.raises(ValueError, match=r"tuned\.caption_cider is nan"):
+        build_report({"tuned": {"caption_cider": float("nan")}}, RUN)
+    with pytest.raises(ValueError, match="unknown scores"):
+        build_report({"tuned": {"fid": 1.0}}, RUN)
+    with pytest.raises(ValueError, match="unknown conditions"):
+        build_report({"best": {}}, RUN)
+    with pytest.raises(ValueError, match="lacks"):
+        build_report({}, {"samples": 1})
+
+
+def test_facts_of_the_run(repo: Path, tmp_path: Path) -> None:
+    assert {"python", "torch", "numpy"} <= set(versions())
+    assert commit(tmp_path) is None
+    found = commit(repo)
+    assert found is None or len(found.removesuffix("-dirty")) == 40
+
+
+def scene(rng: np.random.Generator, side: int = 64) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A picture [S,S,3] with two discs, and their masks."""
+    y, x = np.mgrid[:side, :side]
+    picture = np.full((side, side, 3), 225, dtype=np.uint8)
+    masks = []
+    for _ in range(2):
+        cx, cy, radius = rng.integers(14, side - 14), rng.integers(14, side - 14), rng.integers(7, 13)
+        masks.append((x - cx) ** 2 + (y - cy) ** 2 < radius**2)
+        picture[masks[-1]] = rng.integers(0, 200, size=3)
+    return picture, masks
+
+
+def cards(rng: np.random.Generator, n: int) -> list[Section]:
+    """Sections as an evaluation makes them, on drawn scenes."""
+    scenes = [scene(rng) for _ in range(n)]
+    answer = "The one you ask for is the small red circle <OBJ-1>, and the blue star <OBJ-2> is at its left."
+    return [
+        Section(
+            "Reasoning segmentation",
+            "Left: the picture. Right: predicted masks, true outlines in white.",
+            [
+                MaskCard(
+                    p,
+                    [np.roll(m[0], 2, 0), m[1]],
+                    m,
+                    "Which thing would roll away, and what is beside it?",
+                    answer,
+                    0.81,
+                )
+                for p, m in scenes
+            ],
+        ),
+        Section(
+            "Captioning",
+            "",
+            [
+                CaptionCard(p, "a small red circle above a large blue star", "a red circle and a star")
+                for p, _ in scenes
+            ],
+        ),
+        Section(
+            "Picture generation",
+            "",
+            [PictureCard(p, "a small red circle above a large blue star", scenes[-1][0], 0.42) for p, _ in scenes],
+        ),
+    ]
+
+
+def test_contact_sheet_is_drawn(rng: np.random.Generator, tmp_path: Path) -> None:
+    path = draw_sheet(cards(rng, 5), tmp_path / "sheet.png", title="Neural tuning, mini world", subtitle="500 scenes")
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape[1] == 1640
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
+    assert (pixels[-8:] == pixels[-1, -1]).all(), "nothing is cut at the foot"
+    again = draw_sheet(
+        cards(np.random.default_rng(0), 5), tmp_path / "b.png", title="Neural tuning, mini world", subtitle="500 scenes"
+    )
+    assert path.read_bytes() == again.read_bytes()
+
+
+def test_contact_sheet_takes_odd_cards(tmp_path: Path) -> None:
+    wide, tall = np.zeros((30, 90, 3), np.uint8), np.zeros((90, 30, 3), np.uint8)
+    sections = [
+        Section(
+            "Masks",
+            "",
+            [
+                MaskCard(wide, [], [], "", "", None),
+                MaskCard(tall, [None, np.zeros((90, 30), bool)], [], "q" * 300, "a " * 400, 0.0),
+            ],
+        ),
+        Section("Nothing", "", []),
+        Section("Pictures", "", [PictureCard(None, "no picture was drawn", None, None)]),
+    ]
+    assert draw_sheet(sections, tmp_path / "odd.png", title="Odd").exists()
+    with pytest.raises(ValueError, match="mask of shape"):
+        draw_sheet(
+            [Section("x", "", [MaskCard(wide, [np.ones((3, 3), bool)], [], "", "", None)])],
+            tmp_path / "x.png",
+            title="",
+        )
+
+
+def test_wrap_cuts_with_an_ellipsis() -> None:
+    lines = wrap("one two three four five six seven", size=13, width=60, most=2)
+    assert len(lines) == 2
+    assert lines[-1][-1].endswith("…")
+    (broken,) = wrap("q" * 400, size=13, width=60, most=1)
+    assert _word_width(broken[0], 13) <= 60
