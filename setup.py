@@ -58,6 +58,7 @@ setup(
         "pipeline.model",
         "pipeline.runtime",
         "pipeline.scoring",
+        "pipeline.assembly",
         "pipeline.mini",
         "sparse_kernels",
     ],

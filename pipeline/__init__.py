@@ -1,1 +1,1 @@
-"""Neural Tuning: tune a frozen LLaMA for four multimodal tasks at once. Entry scripts stand at the top of this package."""
+"""Neural Tuning: a frozen LLaMA tuned for four multimodal tasks at once. Entry scripts stand at this package's top."""

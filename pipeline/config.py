@@ -1,8 +1,8 @@
 """Every setting of the entry scripts: dataclasses, presets (mini, 7b, 13b) and how they are read.
 
-A value is taken from the flag, else from the YAML file of --config, else from --preset, else from --mechanism, else from
-the default below. Flags have underscores; `--help` of any script lists them with units and defaults. Entry scripts and
-the builders read this module; classes take flat, typed arguments.
+A value is taken from the flag, else from the YAML file of --config, else from --preset, else from --mechanism, else
+from the default below. Flags have underscores; `--help` of any script lists them with units and defaults. Entries and
+builders read this module; classes take flat, typed arguments.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ModelArguments:
     image_cls: bool = flag(True, "give the LM the CLIP's CLS token as well, in front")
     image_prefix: str = flag("", "text with one <image> per image token, put before the dialogue; empty: tokens only")
     clip_taps: str = flag("", "CLIP layers for the mask decoder, counted from 0, as in 7,15,23; empty: three, evenly")
-    mechanism: Literal["paper", "released"] = flag("paper", "fills the flags from alpha to clip_head that are not given")
+    mechanism: Literal["paper", "released"] = flag("paper", "fills what is not given from alpha to clip_head")
     alpha: float | None = flag(None, "share of the layers below in the sparse vector, 0 to < 1 (paper .9, released .2)")
     activation: Literal["hard", "shifted"] | None = flag(None, "how values below the threshold go (hard, shifted)")
     sparse_norm: bool | None = flag(None, "RMSNorm on the sparse vector (False, True)")
@@ -172,9 +172,9 @@ class TrainArguments:
     """The run: batch, schedule, losses, checkpoints, tracking."""
 
     output_dir: str = flag("", "folder of checkpoints, metrics and run.json; empty: runs/<preset>")
-    deepspeed: str = flag("", "DeepSpeed JSON, its \"auto\" values filled from these flags; empty: ds_configs/z2.json")
+    deepspeed: str = flag("", 'DeepSpeed JSON, its "auto" values filled from these flags; empty: ds_configs/z2.json')
     global_batch: int = flag(12, "samples per optimizer step, over all ranks")
-    micro_batch: int | None = flag(None, "samples per rank and forward pass; unset: the largest that fits max_micro_batch")
+    micro_batch: int | None = flag(None, "samples per rank and forward pass; unset: the largest up to max_micro_batch")
     max_micro_batch: int = flag(16, "upper limit of the micro-batch that is chosen when micro_batch is unset")
     epochs: float = flag(10.0, "passes over the training split")
     max_steps: int = flag(-1, "optimizer steps; above 0 it counts instead of epochs")
@@ -185,7 +185,7 @@ class TrainArguments:
     lr_mask: float | None = flag(None, "the same for the mask decoder; unset: lr")
     lr_clip: float | None = flag(None, "the same for the CLIP head; unset: lr")
     weight_decay: float = flag(0.0, "AdamW's weight decay, on matrices")
-    warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises, before its cosine decay to 0")
+    warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises, before cosine decay to 0")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this L2 norm; 0: never")
     adam_beta1: float = flag(0.9, "AdamW's decay of the first moment")
     adam_beta2: float = flag(0.999, "AdamW's decay of the second moment")
@@ -200,7 +200,7 @@ class TrainArguments:
     save_steps: int = flag(500, "steps between checkpoints; 0: only at the end")
     save_total_limit: int = flag(2, "checkpoints kept; 0: all")
     eval_steps: int = flag(0, "steps between validations; 0: never")
-    resume: str = flag("auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder")
+    resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
@@ -250,14 +250,33 @@ class EvalArguments:
     eval_batch: int = flag(32, "prompts per rank decoded together")
     max_new_tokens: int = flag(64, "tokens of an answer at most")
     protocol: Literal["free", "teacher-forced"] = flag("free", "free: the model writes its own answers and task tokens")
-    condition: Literal["tuned", "untuned", "shuffled", "all"] = flag("tuned", "shuffled: each prompt gets another image")
+    condition: Literal["tuned", "untuned", "shuffled", "all"] = flag("tuned", "shuffled: each prompt has another image")
     limit: int = flag(0, "score only the first so many samples; 0: all")
-    report_dir: str = flag("", "folder of report.json, report.md and the contact sheet; empty: beside the checkpoint")
+    report_dir: str = flag("", "folder of report.json, report.md and the contact sheet; empty: the run's folder")
+    data: str = flag("", "folder of packed shards; empty: the one that was trained on")
+    base: str = flag("", "folder of the frozen LM; empty: as in training (the same for clip, vqgan, prior)")
+    clip: str = flag("", "frozen CLIP, as in training when empty")
+    clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
+    vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
+    prior: str = flag("", "folder of the image prior, as in training when empty")
+    temperature: float = flag(0.7, "of the draw of picture codes; 0: the likeliest code")
+    top_k: int = flag(100, "picture codes drawn from the likeliest so many; 0: all")
+    top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
+    seed: int = flag(0, "of the picture codes' draw and of the texts a picture is ranked among")
+    num_workers: int = flag(0, "loader processes")
 
     def __post_init__(self) -> None:
         for name in ("eval_batch", "max_new_tokens"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        _need(self.limit >= 0, "limit must not be negative", self.limit)
+        for name in ("limit", "temperature", "top_k", "num_workers"):
+            _need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        _need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The paths that were given, in place of those of the training run."""
+        names = ("data", "base", "clip", "clip_weights", "vqgan", "prior")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
@@ -317,14 +336,18 @@ _T = TypeVar("_T")
 
 
 def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
-    """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be."""
+    """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be.
+
+    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none.
+    """
+    from_preset = ModelArguments in kinds
     return command_line.parse(
         kinds,
         argv=argv,
         every_kind=KINDS,
-        preset=preset_values,
-        peek=("preset", "config", "mechanism"),
-        check=_check_required,
+        preset=preset_values if from_preset else None,
+        peek=("preset", "config", "mechanism") if from_preset else (),
+        check=_check_required if from_preset else None,
         description=description,
     )
 

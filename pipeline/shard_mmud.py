@@ -141,7 +141,7 @@ def run_verify(arguments: ShardArguments, say: Callable[[str], None] = print) ->
 def main() -> None:
     """Parse, run, and turn what a user can mend into one line."""
     parser = HfArgumentParser(
-        ShardArguments,  # type: ignore[arg-type]  (typed as an instance there)
+        ShardArguments,  # type: ignore[arg-type]
         description=__doc__,
         formatter_class=_Help,
     )

@@ -147,7 +147,7 @@ def frozen_hash(engine: runtime.Engine) -> str:
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Trains steps first..last-1 by the plain loop; saves at `save_at`, starts from `load`."""
-    model, engine = build(case, ranks)
+    _, engine = build(case, ranks)
     facts: dict[str, Any] = {"losses": [], "norms": [], "before": frozen_hash(engine)}
     first = 0
     if case.get("load"):

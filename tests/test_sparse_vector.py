@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from sparse_kernels import sparse_vector
 
 

@@ -1,159 +1,40 @@
-"""The tuned model as a whole, on tiny random LMs: what moves, which state a decoder gets, losses by hand, decoding.
+"""The tuned model as a whole, on tiny random LMs: identity, losses by hand, gradients, what is trained.
 
-All on one process and one CPU. Not here: DeepSpeed, GPUs, real weights.
+All on one process and one CPU. Not here: DeepSpeed, GPUs, real weights; decoding is in test_decoding.py.
 """
-
-import copy
 
 import pytest
 import torch
+from tiny_tuner import (
+    CONFIGS,
+    EMBED,
+    GEN,
+    HIDDEN,
+    NORMS,
+    OBJ,
+    OBJECTS,
+    RELEASED,
+    ROWS,
+    SLOT,
+    VOCAB,
+    WIDTH,
+    base,
+    batch,
+    build,
+    empty_batch,
+    features,
+    prompts,
+)
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
+from pipeline.data.batch import IGNORE
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
 from pipeline.model.embedding import ExtendedHead, NewTokenEmbedding
-from pipeline.model.generation import find_mentions, until_end
-from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import KINDS, NeuralTuner
-
-VOCAB, HIDDEN, WIDTH, EMBED, OBJECTS = 40, 32, 24, 6, 3
-OBJ, GEN, SLOT = VOCAB, VOCAB + OBJECTS, VOCAB + OBJECTS + 1
-PICTURE = [SLOT] * 17
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
-    "tied": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
-}
-RELEASED = {"alpha": 0.2, "activation": "shifted", "norm": True, "inference_sparsity": False}
-NORMS = Norms(tokens=7.0, masks=3.0, pictures=2.0)
-
-
-def base(name="llama"):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
-
-
-def build(name="llama", *, fill=True, train_embeddings="new", first_layer=0, **options):
-    llm = base(name)
-
-    def make(index, hidden, out_features):
-        return SparseNetwork(hidden, 16, out_features, layer_index=index, **options)
-
-    tune_layers(llm, first_layer=first_layer, projections="qv", make_network=make)
-    tuner = NeuralTuner(
-        llm,
-        max_objects=OBJECTS,
-        projector=ImageProjector(WIDTH, HIDDEN, output_rms=0.3),
-        mask_decoder=MaskDecoder(WIDTH, HIDDEN, 4, dim=16, upsample=8),
-        clip_head=ClipHead(HIDDEN, EMBED),
-        train_embeddings=train_embeddings,
-    )
-    initialise(tuner, 0)
-    if fill:
-        generator = torch.Generator().manual_seed(3)
-        for network in tuner.networks:
-            torch.nn.init.normal_(network.wb, std=0.3, generator=generator)
-        torch.nn.init.normal_(llm.lm_head.rows, std=0.5, generator=generator)
-        torch.nn.init.normal_(llm.model.embed_tokens.rows, std=0.5, generator=generator)
-    return tuner
-
-
-def features(rows, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(4, rows, 17, WIDTH, generator=generator)
-    embedding = torch.randn(rows, EMBED, generator=generator)
-    return VisionFeatures(tokens=tokens[3], taps=tuple(tokens[:3]), embedding=embedding)
-
-
-ROWS = [
-    ("reasoning", [1, *PICTURE, 5, 6], [7, OBJ, 8, OBJ + 1, 2]),
-    ("caption", [1, *PICTURE, 5, 6, 9], [10, 11, 2]),
-    ("generation", [1, 5, 12], [GEN, 2]),
-    ("referring", [1, *PICTURE, 14], [13, OBJ + 2, 2]),
-]
-
-
-def batch(rows=ROWS, *, clip_targets=True):
-    length = max(len(prompt) + len(answer) for _, prompt, answer in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-    at = {"mask": [], "gen": []}
-    for row, (_, prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-        mask[row, :end] = 1
-        for place in range(len(prompt), end):
-            if OBJ <= ids[row, place] < GEN:
-                at["mask"].append((row, place))
-            elif ids[row, place] == GEN:
-                at["gen"].append((row, place))
-    where = {kind: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2) for kind, pairs in at.items()}
-    generator = torch.Generator().manual_seed(1)
-    return Batch(
-        keys=[str(i) for i in range(len(rows))],
-        tasks=[task for task, _, _ in rows],
-        input_ids=ids,
-        attention_mask=mask,
-        labels=labels,
-        pixel_values=torch.zeros(len(rows), 3, 8, 8),
-        mask_rows=where["mask"][:, 0],
-        mask_positions=where["mask"][:, 1],
-        masks=(torch.rand(len(where["mask"]), 16, 16, generator=generator) > 0.5).float(),
-        gen_rows=where["gen"][:, 0],
-        gen_positions=where["gen"][:, 1],
-        clip_targets=torch.randn(len(where["gen"]), EMBED, generator=generator) if clip_targets else None,
-    )
-
-
-def empty_batch():
-    one = torch.zeros(1, 1, dtype=torch.long)
-    none = torch.zeros(0, dtype=torch.long)
-    return Batch(
-        keys=[],
-        tasks=[],
-        input_ids=one,
-        attention_mask=one,
-        labels=torch.full((1, 1), IGNORE),
-        pixel_values=torch.zeros(1, 3, 8, 8),
-        mask_rows=none,
-        mask_positions=none,
-        masks=torch.zeros(0, 16, 16),
-        gen_rows=none,
-        gen_positions=none,
-    )
-
-
-def prompts(rows=ROWS):
-    length = max(len(prompt) for _, prompt, _ in rows)
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for row, (_, prompt, _) in enumerate(rows):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return PromptBatch(
-        keys=[str(i) for i in range(len(rows))],
-        tasks=[task for task, _, _ in rows],
-        input_ids=ids,
-        attention_mask=mask,
-        pixel_values=torch.zeros(len(rows), 3, 8, 8),
-        references=[{} for _ in rows],
-        answer_ids=[answer for _, _, answer in rows],
-    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -282,7 +163,9 @@ def test_every_batch_touches_every_trained_parameter(which, mechanism):
     assert other.item() == 0.0 and set(other_sums) == set(sums)
 
 
-@pytest.mark.parametrize("name, train_embeddings", [("llama", "new"), ("tied", "new"), ("llama", "all"), ("tied", "all")])
+@pytest.mark.parametrize(
+    "name, train_embeddings", [("llama", "new"), ("tied", "new"), ("llama", "all"), ("tied", "all")]
+)
 def test_only_the_trained_set_moves(name, train_embeddings):
     tuner = build(name, train_embeddings=train_embeddings).train()
     trained = tuner.trained_parameters()
@@ -304,94 +187,6 @@ def test_only_the_trained_set_moves(name, train_embeddings):
     assert len(tables) == {"new": 0, "all": 1 if name == "tied" else 2}[train_embeddings]
     with pytest.raises(ValueError, match="no such parts"):
         tuner.parameter_groups(1.0, lrs={"heads": 1.0})
-
-
-@pytest.mark.parametrize("mechanism", [{}, RELEASED])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_batched_generation_equals_one_by_one(name, mechanism):
-    tuner, feats, many = build(name, **mechanism), features(4), prompts()
-    with_all = tuner.generate(many, feats, max_new_tokens=8, eos_token_id=2)
-    assert len({tuple(g.ids) for g in with_all}) > 1
-    for row in range(4):
-        alone = tuner.generate(
-            prompts([ROWS[row]]), feats.select(torch.tensor([row])), max_new_tokens=8, eos_token_id=2
-        )[0]
-        assert alone.ids == with_all[row].ids and alone.object_numbers == with_all[row].object_numbers
-        if alone.mask_logits is not None:
-            assert torch.allclose(alone.mask_logits, with_all[row].mask_logits, atol=1e-4)
-
-
-def force(tuner, answers):
-    """Makes greedy decoding write the given answers, whatever the LM would say."""
-    step = {"n": 0}
-
-    def rewrite(module, args, logits):
-        forced = torch.full_like(logits, -1e9)
-        for row, answer in enumerate(answers):
-            forced[row, -1, answer[min(step["n"], len(answer) - 1)]] = 0.0
-        step["n"] += 1
-        return forced
-
-    return tuner.llm.lm_head.register_forward_hook(rewrite)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_predicting_state_is_the_decoders_state_in_all_three_ways(training):
-    """forward(), generate() and teacher_forced() hand the same states to the mask decoder and the CLIP head."""
-    tuner, feats, data = build().train(training), features(4), batch()
-    seen = {"mask_decoder": [], "clip_head": []}
-    tuner.mask_decoder.register_forward_pre_hook(lambda _, args: seen["mask_decoder"].append(args[1].detach()))
-    tuner.clip_head.register_forward_pre_hook(lambda _, args: seen["clip_head"].append(args[0].detach()))
-    tuner.eval()
-    tuner(data, feats, NORMS)
-    tuner.train(training)
-    handle = force(tuner, [answer for _, _, answer in ROWS])
-    generated = tuner.generate(prompts(), feats, max_new_tokens=6)
-    handle.remove()
-    forced = tuner.teacher_forced(prompts(), feats)
-    assert tuner.training is training, "the mode comes back"
-    for states in seen.values():
-        assert len(states) == 3
-        assert torch.allclose(states[0], states[1], atol=1e-4) and torch.allclose(states[0], states[2], atol=1e-4)
-    assert [g.ids for g in generated] == [answer[:-1] for _, _, answer in ROWS]
-    for results in (generated, forced):
-        assert [g.object_numbers for g in results] == [[1, 2], [], [], [3]]
-        assert [g.embedding is not None for g in results] == [False, False, True, False]
-        assert [None if g.mask_logits is None else tuple(g.mask_logits.shape) for g in results] == [
-            (2, 16, 16),
-            None,
-            None,
-            (1, 16, 16),
-        ]
-    assert torch.allclose(generated[3].mask_logits, forced[3].mask_logits, atol=1e-4)
-
-
-def test_teacher_forced_ids_are_the_models_own_best_guesses():
-    tuner, feats = build().eval(), features(4)
-    got = tuner.teacher_forced(prompts(), feats)
-    for row, (_, prompt, answer) in enumerate(ROWS):
-        alone = prompts([(ROWS[row][0], prompt + answer, [])])
-        embeds = tuner._embed(alone.input_ids, feats.select(torch.tensor([row])))
-        best = tuner.llm(inputs_embeds=embeds).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
-        assert got[row].ids == until_end(best, {2})
-
-
-def test_repeated_tags_and_rows_without_a_picture_make_no_masks():
-    found = find_mentions([7, OBJ + 1, OBJ, OBJ + 1, GEN, GEN, SLOT], first_object=OBJ, max_objects=OBJECTS)
-    assert (found.numbers, found.places, found.picture) == ([2, 1], [1, 2], 4)
-    tuner = build()
-    handle = force(tuner, [[OBJ, OBJ, OBJ + 1, 2], [OBJ, GEN, 2]])
-    first, second = tuner.generate(prompts([ROWS[0], ROWS[2]]), features(2), max_new_tokens=5)
-    handle.remove()
-    assert first.object_numbers == [1, 2] and first.mask_logits.shape[0] == 2 and first.embedding is None
-    assert second.object_numbers == [] and second.mask_logits is None and second.embedding.shape == (EMBED,)
-
-
-def test_beams_are_refused_and_sampling_runs():
-    tuner = build()
-    with pytest.raises(ValueError, match="num_beams"):
-        tuner.generate(prompts(), features(4), max_new_tokens=2, num_beams=2)
-    assert len(tuner.generate(prompts(), features(4), max_new_tokens=2, do_sample=True, top_p=0.9)) == 4
 
 
 def test_slots_between_words_take_the_pictures_tokens_in_order():

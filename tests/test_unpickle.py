@@ -46,18 +46,18 @@ def test_numpy_values_come_through(tmp_path, protocol, dtype):
     got = load_pickle(save(tmp_path / "a.pkl", value, protocol))
     for mine, theirs in zip([got[0], got[1], got[2], got[3][0]], [value[0], value[1], value[2], value[3][0]]):
         assert np.array_equal(mine, theirs)
-        assert mine.dtype == theirs.dtype
+        assert mine.dtype.newbyteorder("=") == theirs.dtype.newbyteorder("=")
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("attack", ["system", "eval", "getattr", "import", "ordered", "numpy_load"])
+@pytest.mark.parametrize("attack", ["system", "eval", "exec", "import", "ordered", "numpy_load"])
 def test_calls_are_refused_without_running(tmp_path, protocol, attack):
     flag = tmp_path / "ran"
     touch = f"open({str(flag)!r}, 'w')"
     value = {
         "system": Call(os.system, f"touch {flag}"),
         "eval": Call(builtins.eval, touch),
-        "getattr": Call(builtins.getattr, os, "system") if protocol == 99 else Call(builtins.exec, touch),
+        "exec": Call(builtins.exec, touch),
         "import": Call(builtins.__import__, "antigravity"),
         "ordered": Call(collections.OrderedDict),
         "numpy_load": Call(np.load, str(flag)),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,9 +51,7 @@ class BuildSize:
     held_out: int = 400
 
 
-SMOKE = BuildSize(
-    llm_steps=3, clip_steps=3, vqgan_steps=4, prior_steps=3, llm_pool=64, picture_pool=128, held_out=60
-)
+SMOKE = BuildSize(llm_steps=3, clip_steps=3, vqgan_steps=4, prior_steps=3, llm_pool=64, picture_pool=128, held_out=60)
 """A build that only shows that every stage runs; its models fail the gates."""
 
 
@@ -144,14 +143,15 @@ def judge(folder: Path, stages: tuple[str, ...], held_out: int, seed: int) -> di
     found: dict[str, dict[str, float]] = {}
     if "llm" in stages:
         tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
-        llm = LlamaForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32).to(dev)
+        llm: Any = LlamaForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32)
+        llm.to(dev)
         scenes = [scene_at("valid", i, seed) for i in range(min(200, held_out))]
         found["llm"] = language.caption_gate(llm, tokenizer, scenes)
     if set(stages) & {"clip", "vqgan", "prior"}:
         pool = training.ScenePool("valid", held_out, pictures.VQGAN_CONFIG.resolution, seed)
         clip = load_clip(folder)
         if "clip" in stages:
-            found["clip"] = contrast.clip_gate(clip.model, clip.tokenizer.tokenizer, pool)
+            found["clip"] = contrast.clip_gate(clip.model, clip.tokenizer.tokenizer, pool)  # type: ignore[attr-defined]
         if set(stages) & {"vqgan", "prior"}:
             vqgan = VQGAN.load(folder / "vqgan").to(dev)
             if "vqgan" in stages:

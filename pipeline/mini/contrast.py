@@ -1,9 +1,9 @@
 """Pretraining of the mini CLIP: an open_clip model on scenes and captions, with hard negatives and region supervision.
 
-Three losses: the symmetric contrast of pictures and captions in a batch; against each picture, captions of its own scene
-with one attribute of one object swapped; and, per cell of the text map, what object has its centre there (size, colour,
-shape, read by a linear probe from the last block's patch tokens; the probe is thrown away). The last two are what a small
-CLIP needs to encode shapes and places; the model's card declares them.
+Three losses: the symmetric contrast of pictures and captions in a batch; against each picture, a caption of its own
+scene with one attribute of one object swapped; and, per cell of the text map, what object has its centre there (size,
+colour, shape, read by a linear probe from the last block's patch tokens; the probe is thrown away). The last two are
+what a small CLIP needs to encode shapes and places; the model's card declares them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,17 @@ from pipeline.mini.tokenizer import build_tokenizer
 from pipeline.model.vision import new_clip
 
 CONTEXT = 48
-MODEL_CFG = {
+MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "head_width": 32, "mlp_ratio": 4.0},
+    "vision_cfg": {
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 192,
+        "layers": 6,
+        "head_width": 32,
+        "mlp_ratio": 4.0,
+        "pool_type": "avg",
+    },
     "text_cfg": {
         "context_length": CONTEXT,
         "vocab_size": len(grammar.VOCABULARY),
@@ -43,6 +52,8 @@ MODEL_CFG = {
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SWAPS = ("size", "colour", "shape", "place")
+SWAP_SHARES = (0.2, 0.15, 0.35, 0.3)
+"""How often each attribute is the one swapped: the hardest to see, shape and place, most."""
 _VALUES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES}
 
 
@@ -62,7 +73,7 @@ def swapped_caption(scene: Scene, kind: str, rng: np.random.Generator) -> str:
         changed = replace(o, x=x, y=y)
     else:
         others = [v for v in _VALUES[kind] if v != getattr(o, kind)]
-        changed = replace(o, **{kind: others[rng.integers(len(others))]})
+        changed = replace(o, **{kind: others[rng.integers(len(others))]})  # type: ignore[arg-type]
     objects = (*scene.objects[:i], changed, *scene.objects[i + 1 :])
     return replace(scene, objects=objects).caption()
 
@@ -99,7 +110,13 @@ class CellProbe(nn.Module):
 
 
 def pretrain_clip(
-    out: Path, pool: training.ScenePool, held_out: training.ScenePool, *, steps: int, seed: int, batch: int = 128,
+    out: Path,
+    pool: training.ScenePool,
+    held_out: training.ScenePool,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 64,
     lr: float = 1.0e-3,
 ) -> dict[str, float]:
     """Trains the CLIP and saves it to `out` in open_clip's local-dir form; returns the gate's figures."""
@@ -110,12 +127,12 @@ def pretrain_clip(
     probe = CellProbe(MODEL_CFG["vision_cfg"]["width"]).to(dev)
     rng = np.random.default_rng([seed, 2])
     batches = pool.batches(batch, seed)
-    visual = model.visual
+    visual: Any = model.visual
 
     def step_loss(_: int) -> dict[str, Tensor]:
         index = next(batches)
         scenes = [pool.scenes[i] for i in index]
-        wrong = [swapped_caption(s, SWAPS[rng.integers(len(SWAPS))], rng) for s in scenes]
+        wrong = [swapped_caption(s, SWAPS[rng.choice(len(SWAPS), p=SWAP_SHARES)], rng) for s in scenes]
         pictures = normalise(pool.pictures[index]).to(dev)
         texts = tokenize(tokenizer, [s.caption() for s in scenes] + wrong).to(dev)
         with training.autocast():
@@ -131,9 +148,9 @@ def pretrain_clip(
         margin = F.cross_entropy(torch.cat([logits_BB.diagonal()[:, None], hard_B], 1), torch.zeros_like(diagonal))
         found = probe(seen["image_intermediates"][0])
         wanted = cell_targets(scenes)
-        region = sum(
-            F.cross_entropy(found[k].flatten(0, 1), wanted[k].flatten().to(dev), ignore_index=-100) for k in found
-        )
+        region = torch.stack(
+            [F.cross_entropy(found[k].flatten(0, 1), wanted[k].flatten().to(dev), ignore_index=-100) for k in found]
+        ).sum()
         return {"contrast": 0.5 * contrast, "swaps": margin, "cells": 0.5 * region}
 
     def check() -> dict[str, float]:
@@ -141,8 +158,7 @@ def pretrain_clip(
         return clip_gate(model, tokenizer, held_out)
 
     model.train()
-    trained = [*model.parameters(), *probe.parameters()]
-    training.fit("mini CLIP", trained, steps, step_loss, lr=lr, check=check)
+    training.fit("mini CLIP", nn.ModuleDict({"clip": model, "probe": probe}), steps, step_loss, lr=lr, check=check)
     return check()
 
 
@@ -162,8 +178,8 @@ def save_clip(model: nn.Module, tokenizer, out: Path) -> None:
 
 
 @torch.no_grad()
-def clip_gate(model: nn.Module, tokenizer, held_out: training.ScenePool) -> dict[str, float]:
-    """Retrieval R@1 (picture -> caption) over the held-out pool, and how often the caption beats one swapped attribute."""
+def clip_gate(model: Any, tokenizer, held_out: training.ScenePool) -> dict[str, float]:
+    """R@1 (picture -> caption) over the held-out pool, and how often the caption beats one with a swapped attribute."""
     training_mode = model.training
     model.eval()
     dev = next(model.parameters()).device
@@ -184,5 +200,3 @@ def clip_gate(model: nn.Module, tokenizer, held_out: training.ScenePool) -> dict
         figures[f"beats_{kind}_swap"] = (own > (image_NE * wrong_NE).sum(1)).float().mean().item()
     model.train(training_mode)
     return figures
-
-

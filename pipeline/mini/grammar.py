@@ -86,7 +86,7 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 
 def plural(shape: str) -> str:
-    """"circle" -> "circles", "cross" -> "crosses"."""
+    """ "circle" -> "circles", "cross" -> "crosses"."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 

@@ -1,14 +1,16 @@
 """Pretraining of the mini LLM: a LlamaForCausalLM that reads a scene from a text map and answers about it.
 
 A training text is the text map ("c00 _ c01 small-red-circle ..."), then several dialogues about it, with the prompts of
-pipeline.data.prompts but no task tokens; only answers carry a loss. Gaussian noise on the map words' embeddings makes the
-LLM tolerant of what an image projector will later put in their places. The gate: captions written freely from the map.
+pipeline.data.prompts but no task tokens; only answers carry a loss. Gaussian noise on the map words' embeddings makes
+the LLM tolerant of what an image projector will later put in their places. The gate: captions written freely from the
+map.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ def build_llm(seed: int) -> LlamaForCausalLM:
 
 
 def map_text(scene: Scene) -> str:
-    """"c00 _ c01 small-red-circle ...": the image prefix with words where the pictures' tokens will stand."""
+    """ "c00 _ c01 small-red-circle ...": the image prefix with words where the pictures' tokens will stand."""
     return " ".join(f"{cell} {word}" for cell, word in zip(grammar.CELL_WORDS, scene.text_map(), strict=True))
 
 
@@ -61,7 +63,7 @@ def _choose(options: tuple[str, ...], rng: np.random.Generator) -> str:
 
 
 def dialogues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """One caption, one referring and two reasoning dialogues of a scene, in a random order."""
+    """One caption, one referring, two reasoning and four lookup dialogues of a scene, in a random order."""
     count = int(rng.integers(1, min(3, len(scene.objects)) + 1))
     chosen = rng.permutation(len(scene.objects))[:count]
     phrases = []
@@ -79,7 +81,23 @@ def dialogues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     for _ in range(2):
         qa = choose_question(scene, rng)
         found.append((qa.question, qa.answer))
+    found += lookups(scene, rng)
     return [dialogue_text(*found[i]) for i in rng.permutation(len(found))]
+
+
+def lookups(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Short questions about the map itself: what lies in a cell (two), where an object lies, what there is in order.
+
+    They teach finding things in the map, on which every longer answer rests.
+    """
+    cells, words = grammar.CELL_WORDS, scene.text_map()
+    occupied = [o.cell for o in scene.objects]
+    asked = [occupied[rng.integers(len(occupied))], int(rng.integers(len(cells)))]
+    found = [(f"What is at {cells[i]}?", words[i]) for i in asked]
+    one = scene.objects[rng.integers(len(scene.objects))]
+    found.append((f"Where is {grammar.map_word(one.name)}?", cells[one.cell]))
+    found.append(("Which objects are there?", " ".join(grammar.map_word(o.name) for o in scene.objects)))
+    return found
 
 
 def _training_text(scene: Scene, rng: np.random.Generator, encode) -> tuple[list[int], list[bool], list[bool]]:
@@ -102,10 +120,10 @@ def _training_text(scene: Scene, rng: np.random.Generator, encode) -> tuple[list
     return ids, loss, noisy
 
 
-def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 64, lr: float = 2e-3) -> dict[str, float]:
+def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 32, lr: float = 2e-3) -> dict[str, float]:
     """Trains and saves the LLM with its tokenizer to `out`; returns the gate's figures."""
     tokenizer = build_tokenizer(add_special_tokens=False)
-    llm = build_llm(seed).to(training.device())
+    llm: Any = build_llm(seed).to(training.device())  # type: ignore[arg-type]
     scenes = [scene_at("train", i, seed) for i in range(pool)]
     rng = np.random.default_rng([seed, 1])
 
@@ -138,12 +156,12 @@ def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 64
         return caption_gate(llm, tokenizer, held_out)
 
     llm.train()
-    training.fit("mini LLM", llm.parameters(), steps, step_loss, lr=lr, check=check)
+    training.fit("mini LLM", llm, steps, step_loss, lr=lr, check=check)
     return check()
 
 
 @torch.no_grad()
-def caption_gate(llm: LlamaForCausalLM, tokenizer, scenes: list[Scene]) -> dict[str, float]:
+def caption_gate(llm: Any, tokenizer, scenes: list[Scene]) -> dict[str, float]:
     """Free-running from the text map: F1 of the objects (size, colour, shape) in captions; share of right answers."""
     training_mode = llm.training
     llm.eval()
@@ -160,11 +178,9 @@ def caption_gate(llm: LlamaForCausalLM, tokenizer, scenes: list[Scene]) -> dict[
     return {"caption_object_f1": 2 * hits / max(1, named + present), "reasoning_accuracy": right / len(scenes)}
 
 
-def _answers(llm: LlamaForCausalLM, tokenizer, scenes: list[Scene], asked: list[str]) -> list[str]:
+def _answers(llm: Any, tokenizer, scenes: list[Scene], asked: list[str]) -> list[str]:
     texts = [f"<s> {map_text(s)} {prompts.dialogue(q)}" for s, q in zip(scenes, asked, strict=True)]
     rows = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     rows = rows.to(llm.device)
-    out = llm.generate(
-        input_ids=rows.input_ids, attention_mask=rows.attention_mask, max_new_tokens=64, do_sample=False
-    )
+    out = llm.generate(input_ids=rows.input_ids, attention_mask=rows.attention_mask, max_new_tokens=64, do_sample=False)
     return tokenizer.batch_decode(out[:, rows.input_ids.shape[1] :], skip_special_tokens=True)

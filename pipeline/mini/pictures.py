@@ -52,8 +52,15 @@ def text_r1(clip: VisionTower, pictures: Tensor, captions: list[str]) -> float:
 
 
 def pretrain_vqgan(
-    out: Path, pool: training.ScenePool, held_out: training.ScenePool, clip: VisionTower, *, steps: int, seed: int,
-    batch: int = 32, lr: float = 1.0e-3,
+    out: Path,
+    pool: training.ScenePool,
+    held_out: training.ScenePool,
+    clip: VisionTower,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 32,
+    lr: float = 1.0e-3,
 ) -> dict[str, float]:
     """Trains and saves the VQGAN to `out`; returns the gate's figures."""
     torch.manual_seed(seed)
@@ -77,7 +84,7 @@ def pretrain_vqgan(
         model.save(out)
         return vqgan_gate(model, held_out, clip)
 
-    training.fit("mini VQGAN", model.parameters(), steps, step_loss, lr=lr, weight_decay=0.0, check=check)
+    training.fit("mini VQGAN", model, steps, step_loss, lr=lr, weight_decay=0.0, check=check)
     return check()
 
 
@@ -109,8 +116,16 @@ def vqgan_gate(model: VQGAN, held_out: training.ScenePool, clip: VisionTower) ->
 
 
 def pretrain_prior(
-    out: Path, pool: training.ScenePool, held_out: training.ScenePool, clip: VisionTower, vqgan: VQGAN, *, steps: int,
-    seed: int, batch: int = 64, lr: float = 1.0e-3,
+    out: Path,
+    pool: training.ScenePool,
+    held_out: training.ScenePool,
+    clip: VisionTower,
+    vqgan: VQGAN,
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 64,
+    lr: float = 1.0e-3,
 ) -> dict[str, float]:
     """Trains and saves the image prior to `out`; returns the gate's figures."""
     torch.manual_seed(seed)
@@ -131,7 +146,7 @@ def pretrain_prior(
         model.save(out)
         return prior_gate(model, held_out, clip, vqgan)
 
-    training.fit("mini prior", model.parameters(), steps, step_loss, lr=lr, check=check)
+    training.fit("mini prior", model, steps, step_loss, lr=lr, check=check)
     return check()
 
 
@@ -146,9 +161,7 @@ def _encode_pool(pool: training.ScenePool, clip: VisionTower, vqgan: VQGAN) -> t
 
 
 @torch.no_grad()
-def prior_gate(
-    model: ImagePrior, held_out: training.ScenePool, clip: VisionTower, vqgan: VQGAN
-) -> dict[str, float]:
+def prior_gate(model: ImagePrior, held_out: training.ScenePool, clip: VisionTower, vqgan: VQGAN) -> dict[str, float]:
     """Samples from the true embeddings of held-out pictures: caption R@1 of 50."""
     training_mode = model.training
     model.eval()

@@ -1,7 +1,7 @@
 """What the mini world asks of a scene: referring phrases and reasoning question-answers.
 
-A referring phrase is true of one object only. A reasoning question never names its object by colour and shape: the answer
-depends on the picture (where things lie, what they share, what they are like, how many there are).
+A referring phrase is true of one object only. A reasoning question never names its object by colour and shape: the
+answer depends on the picture (where things lie, what they share, what they are like, how many there are).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def questions(scene: Scene) -> list[QuestionAnswer]:
 
 
 def choose_question(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
-    """One question for the scene: a family first (so that frequent families do not crowd out the rest), then a question."""
+    """One question for the scene: first a family, so that frequent ones do not crowd out the rest, then a question."""
     every = questions(scene)
     families = sorted({qa.family for qa in every})
     family = families[rng.integers(len(families))]

@@ -1,7 +1,7 @@
 """Scenes of the mini world: 2-4 coloured shapes at free places, drawn by code, with all that MMUD says of a picture.
 
-A scene is a pure function of its seed. Splits never share a scene: a scene's *signature* (its objects and the cells they
-lie in) is hashed, and the hash alone decides the split that may hold it.
+A scene is a pure function of its seed. Splits never share a scene: the *signature* of a scene (its objects and
+the cells that they lie in) is hashed, and the hash alone decides the split that may hold it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Scene:
         return " ".join(f"{o.cell}:{grammar.map_word(o.name)}" for o in self.objects)
 
     def caption(self) -> str:
-        """"A small red circle at the top left, a ... and a ... ." in reading order."""
+        """ "A small red circle at the top left, a ... and a ... ." in reading order."""
         parts = [f"a {o.text} at the {o.place}" for o in self.objects]
         text = join_phrases(parts) + "."
         return text[0].upper() + text[1:]
@@ -140,9 +140,7 @@ def _place(names: list[Name], rng: np.random.Generator) -> list[Shape] | None:
             if any(not _CELL_MARGIN <= t % _CELL <= _CELL - _CELL_MARGIN for t in (x, y)):
                 continue
             candidate = Shape(size, colour, shape, x, y, radius, 0.5 * w - 0.25)
-            if all(
-                o.cell != candidate.cell and math.hypot(o.x - x, o.y - y) > o.radius + radius + 2 for o in placed
-            ):
+            if all(o.cell != candidate.cell and math.hypot(o.x - x, o.y - y) > o.radius + radius + 2 for o in placed):
                 placed.append(candidate)
                 break
         else:
@@ -174,7 +172,9 @@ def _outline(o: Shape) -> list[tuple[float, float]]:
 def _draw(draw: ImageDraw.ImageDraw, o: Shape, fill: int | tuple[int, int, int]) -> None:
     k = _SUPERSAMPLE
     if o.shape == "circle":
-        draw.ellipse([k * (o.x - o.radius), k * (o.y - o.radius), k * (o.x + o.radius), k * (o.y + o.radius)], fill=fill)
+        draw.ellipse(
+            [k * (o.x - o.radius), k * (o.y - o.radius), k * (o.x + o.radius), k * (o.y + o.radius)], fill=fill
+        )
     else:
         draw.polygon([(k * x, k * y) for x, y in _outline(o)], fill=fill)
 
@@ -214,7 +214,7 @@ def split_of(scene: Scene) -> str:
 
 
 def scene_at(split: str, index: int, seed: int = 0) -> Scene:
-    """The index-th scene of a split: candidates are drawn from (seed, split, index, try) until one belongs to the split."""
+    """The index-th scene of a split: drawn from (seed, split, index, try) until a draw belongs to the split."""
     for attempt in range(10_000):
         scene = make_scene(np.random.default_rng([seed, SPLITS.index(split), index, attempt]))
         if split_of(scene) == split:

@@ -27,7 +27,9 @@ class MiniSource:
         self.seed = seed
         unknown = set(self.sizes) - set(scenes.SPLITS)
         if unknown:
-            raise ValueError(f"the mini world has the splits {', '.join(scenes.SPLITS)}, not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"the mini world has the splits {', '.join(scenes.SPLITS)}, not {', '.join(sorted(unknown))}"
+            )
 
     def fingerprint(self) -> dict[str, object]:
         """What decides every byte of the samples."""

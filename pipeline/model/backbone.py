@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.model.sparse import SparseNetwork
@@ -38,7 +39,9 @@ class TunedLayer(GradientCheckpointingLayer):
     projections (Eq. 5). Takes h or (h, zu) and gives (h, zu), or h alone in the last layer.
     """
 
-    def __init__(self, layer: nn.Module, network: SparseNetwork, *, last: bool) -> None:
+    layer: Any
+
+    def __init__(self, layer: Any, network: SparseNetwork, *, last: bool) -> None:
         super().__init__()
         self.layer = layer
         self.network = network
@@ -102,7 +105,7 @@ def tune_layers(llm: nn.Module, *, first_layer: int, projections: str, make_netw
             )
     wrappers = []
     for index in range(first_layer, len(layers)):
-        attention = layers[index].self_attn
+        attention: Any = layers[index].self_attn
         out_features = {name: getattr(attention, f"{name}_proj").out_features for name in projections}
         network = make_network(index, attention.q_proj.in_features, out_features)
         layers[index] = wrapper = TunedLayer(layers[index], network, last=index == len(layers) - 1)
@@ -110,7 +113,7 @@ def tune_layers(llm: nn.Module, *, first_layer: int, projections: str, make_netw
     return wrappers
 
 
-def enable_checkpointing(llm: nn.Module) -> None:
+def enable_checkpointing(llm: PreTrainedModel) -> None:
     """Activation checkpointing for the whole LM: each tuned layer with its sparse network, each other layer alone."""
     llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in llm.modules():

@@ -1,14 +1,15 @@
 """The light modules around the LM: picture tokens in, masks and CLIP embeddings out.
 
 The mask decoder is transformers' CLIPSegDecoder, from which the paper's authors derived theirs: FiLM by the task
-token's state over CLIP features of several layers, deepest first. The modules cast their input to their own dtype, so a bf16
-backbone works with fp32 decoders and the other way round.
+token's state over CLIP features of several layers, deepest first. The modules cast their input to their own dtype, so
+a bf16 backbone works with fp32 decoders and the other way round.
 
 Shape suffixes: B batch, M masks, N patches, C CLIP width, D hidden, E embedding width, S mask side.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -111,10 +112,10 @@ class MaskDecoder(Resettable):
             decoder_num_attention_heads=heads,
             decoder_intermediate_size=4 * dim,
         )
+        # The decoder stands alone here, so nobody else chooses its attention; unset, transformers warns at every start.
+        config.vision_config._attn_implementation = "sdpa"  # type: ignore[union-attr]
         self.grid, self.layers, self.mask_size = grid, layers, grid * (upsample // 4) ** 2
         self.decoder = CLIPSegDecoder(config)
-        # Follows .to(dtype) and so names the decoder's dtype; reading a child's weight would make ZeRO-3 gather it.
-        self.register_buffer("dtype_mark", torch.zeros(1), persistent=False)
 
     def reset(self, name: str, seed: int) -> None:
         """PyTorch's default rule, with FiLM's factor starting around 1 so that CLIP's features pass at once."""
@@ -125,7 +126,9 @@ class MaskDecoder(Resettable):
         """Logits [M,S,S] of the taps ([M,1+N,C] each, CLS first, shallow to deep) and the states [M,D]."""
         assert len(taps) == self.layers, f"{len(taps)} taps for a decoder of {self.layers} layers"
         assert taps[0].shape[1] == self.grid**2 + 1, (taps[0].shape, self.grid)
-        dtype = self.dtype_mark.dtype
+        # A weight's dtype, never a buffer's: DeepSpeed's bf16 casts parameters alone. Under ZeRO-3 the dtype of a
+        # weight that is not gathered is still right.
+        dtype = self.decoder.film_mul.weight.dtype
         return self.decoder(tuple(tap.to(dtype) for tap in taps), states_MD.to(dtype)).logits
 
 
@@ -139,7 +142,7 @@ class ClipHead(Resettable):
             self.layers = nn.Sequential(CastLinear(hidden, embed, bias=False))
         elif kind == "mlp":
             widths = (hidden, mlp_width, mlp_width, mlp_width)
-            steps = [m for a, b in zip(widths, widths[1:], strict=False) for m in (CastLinear(a, b), nn.GELU())]
+            steps = [m for a, b in itertools.pairwise(widths) for m in (CastLinear(a, b), nn.GELU())]
             self.layers = nn.Sequential(*steps, CastLinear(mlp_width, embed))
         else:
             raise ValueError(f"clip_head must be 'linear' or 'mlp', not {kind!r}")

@@ -10,10 +10,12 @@ Shape suffixes: B batch, T tokens, D hidden, V base vocabulary, N new tokens.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pipeline.model.initialise import Resettable, normal, write
 
@@ -73,13 +75,14 @@ class ExtendedHead(Resettable):
         return torch.cat([logits, F.linear(h.to(self.rows.dtype), self.rows).to(logits.dtype)], dim=-1)
 
 
-def install_new_tokens(llm: nn.Module, n_new: int) -> tuple[NewTokenEmbedding, ExtendedHead]:
+def install_new_tokens(llm: PreTrainedModel, n_new: int) -> tuple[NewTokenEmbedding, ExtendedHead]:
     """Puts n_new tokens after the LM's vocabulary, in place; `generate` then works with them.
 
     Tied tables stay tied among themselves; the new rows of embedding and head are separate. Raises ValueError when the
     LM's embedding and head are of unequal height, which would give a new token two different ids.
     """
-    base, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    base: Any = llm.get_input_embeddings()
+    head: Any = llm.get_output_embeddings()
     if isinstance(base, NewTokenEmbedding) or isinstance(head, ExtendedHead):
         raise ValueError("the new tokens are installed already: load the base model again")
     if base.num_embeddings != head.out_features:

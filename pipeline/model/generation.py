@@ -64,7 +64,7 @@ def until_end(ids: Sequence[int], end_ids: set[int]) -> list[int]:
     return list(ids)
 
 
-def end_token_ids(llm: nn.Module, options: dict[str, Any]) -> set[int]:
+def end_token_ids(llm: Any, options: dict[str, Any]) -> set[int]:
     """The ids that end an answer: of the call's options, else of the LM's generation config."""
     ends = options.get("eos_token_id", llm.generation_config.eos_token_id)
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

@@ -38,7 +38,7 @@ def normal(name: str, seed: int, shape: torch.Size, std: float) -> Tensor:
     return torch.randn(shape, generator=keyed_init(name, seed), device="cpu") * std
 
 
-def write(parameter: nn.Parameter, values: Tensor | float) -> None:
+def write(parameter: Tensor, values: Tensor | float) -> None:
     """Copies values into a parameter, in its dtype and on its device."""
     with torch.no_grad():
         if isinstance(values, Tensor):

@@ -50,9 +50,7 @@ class Painter:
     @classmethod
     def load(cls, prior: str, vqgan: str, embed_dim: int, sampling: Sampling, device: torch.device) -> Painter:
         """Reads both from their folders."""
-        return cls(
-            ImagePrior.load(Path(prior)).to(device), VQGAN.load(Path(vqgan)).to(device), embed_dim, sampling
-        )
+        return cls(ImagePrior.load(Path(prior)).to(device), VQGAN.load(Path(vqgan)).to(device), embed_dim, sampling)
 
     @torch.no_grad()
     def paint(self, embedding_GE: Tensor, seed: int) -> list[bytes]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,7 +42,7 @@ class ImagePrior(nn.Module):
         super().__init__()
         self.config = config
         self.condition = nn.Linear(config.embed_dim, config.width)
-        self.transformer = GPT2LMHeadModel(
+        self.transformer: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.n_codes,
                 n_positions=config.n_tokens,
@@ -82,24 +83,36 @@ class ImagePrior(nn.Module):
             seed: the draw's seed; the same seed and batch give the same codes.
         """
         start_B1D = self.condition(F.normalize(embedding_BE.float(), dim=-1)).unsqueeze(1)
-        drawn = {"do_sample": False} if temperature == 0 else {
-            "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p
-        }
+        drawn = (
+            {"do_sample": False}
+            if temperature == 0
+            else {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        )
         n = self.config.n_tokens
         with torch.random.fork_rng(devices=[start_B1D.device] if start_B1D.is_cuda else []):
             torch.manual_seed(seed)
-            return self.transformer.generate(
-                inputs_embeds=start_B1D, attention_mask=torch.ones_like(start_B1D[..., 0], dtype=torch.long),
-                max_new_tokens=n, min_new_tokens=n, use_cache=True, **drawn,
+            codes = self.transformer.generate(
+                inputs_embeds=start_B1D,
+                attention_mask=torch.ones_like(start_B1D[..., 0], dtype=torch.long),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                use_cache=True,
+                **drawn,
             )
+        assert isinstance(codes, Tensor)
+        return codes
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> ImagePrior:
         """Reads what `save` wrote; ValueError when a file or a tensor is missing or does not fit."""
-        return load_weights(cls(PriorConfig(**read_config(folder, "image prior"))), folder / "model.safetensors", "image prior")
+        return load_weights(
+            cls(PriorConfig(**read_config(folder, "image prior"))), folder / "model.safetensors", "image prior"
+        )

@@ -21,11 +21,11 @@ import math
 import random
 
 import torch
-from sparse_kernels import sparse_vector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.model.initialise import Resettable, normal, write
+from sparse_kernels import sparse_vector
 
 ACTIVATIONS = ("hard", "shifted")
 PATTERNS = ("gaussian", "top2beta", "level", "distribution")

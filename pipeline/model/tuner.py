@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
 from pipeline.model import losses
@@ -41,9 +42,11 @@ TASKS = ("reasoning", "referring", "caption", "generation")
 class NeuralTuner(nn.Module):
     """An LM already wrapped by `tune_layers`, with everything else that is trained around it. CLIP stays outside."""
 
+    llm: Any
+
     def __init__(
         self,
-        llm: nn.Module,
+        llm: PreTrainedModel,
         *,
         max_objects: int,
         projector: ImageProjector,
@@ -60,7 +63,7 @@ class NeuralTuner(nn.Module):
         super().__init__()
         if train_embeddings not in ("new", "all"):
             raise ValueError(f"train_embeddings must be 'new' or 'all', not {train_embeddings!r}")
-        embedding, head = install_new_tokens(llm, max_objects + 1)
+        embedding, _ = install_new_tokens(llm, max_objects + 1)
         self.llm, self.projector, self.mask_decoder, self.clip_head = llm, projector, mask_decoder, clip_head
         self.max_objects, self.train_embeddings, self.tasks = max_objects, train_embeddings, tuple(tasks)
         self.first_object = embedding.n_base
@@ -183,8 +186,9 @@ class NeuralTuner(nn.Module):
 
         rows_G, states_GD = _states_before(hidden_BTD, batch.gen_rows, batch.gen_positions)
         embedding_GE = self.clip_head(states_GD)
-        given = n_pictures and batch.clip_targets is not None
-        target_GE = batch.clip_targets if given else features.embedding.index_select(0, rows_G)
+        target_GE = features.embedding.index_select(0, rows_G)
+        if n_pictures and batch.clip_targets is not None:
+            target_GE = batch.clip_targets
         mse_G = losses.picture_losses(embedding_GE, target_GE) * (1.0 if n_pictures else 0.0)
 
         ce, dice, bce, mse = ce_N.sum(), dice_M.sum(), bce_M.sum(), mse_G.sum()

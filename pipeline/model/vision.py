@@ -33,6 +33,8 @@ def default_taps(layers: int, n: int = 3) -> tuple[int, ...]:
 class VisionTower(nn.Module):
     """CLIP in eval mode: picture tokens, taps for the mask decoder, and embeddings of pictures and texts."""
 
+    model: Any
+
     def __init__(
         self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor], taps: Sequence[int] | None = None
     ) -> None:
@@ -113,12 +115,12 @@ class VisionTower(nn.Module):
         return self.model.encode_text(self.tokenizer(texts).to(device))
 
 
-def new_clip(model_cfg: dict[str, Any]) -> nn.Module:
+def new_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """A CLIP with random weights to be trained: open_clip's class, from the `model_cfg` of an open_clip_config.json."""
     return open_clip.CLIP(**model_cfg)
 
 
-def _has_quick_gelu(clip: nn.Module) -> bool:
+def _has_quick_gelu(clip: Any) -> bool:
     return any(isinstance(module, open_clip.transformer.QuickGELU) for module in clip.visual.modules())
 
 

@@ -1,7 +1,8 @@
 """The VQGAN that turns code grids into pictures; the only door to taming-transformers.
 
-Built from `taming.modules` (`taming.models` does not import beside today's Lightning). The state dict has taming's names
-(`encoder.*, decoder.*, quantize.embedding.weight, quant_conv.*, post_quant_conv.*`), so taming's weights load as they are.
+Built from `taming.modules` (`taming.models` does not import beside today's Lightning). The state dict has taming's
+names (`encoder.*, decoder.*, quantize.embedding.weight, quant_conv.*, post_quant_conv.*`), so taming's weights load as
+they are.
 
 Letters in shapes: B batch, S picture side, G side of the code grid, N = G * G codes.
 """
@@ -96,7 +97,9 @@ class VQGAN(nn.Module):
         """Writes `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> VQGAN:

@@ -31,7 +31,7 @@ from pipeline.runtime.engine import Engine
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-# A checkpoint that is being replaced by one of the same step bears `.old` for an instant; a kill there must not lose it.
+# A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from transformers import HfArgumentParser
 
-Preset = Callable[[Mapping[str, str]], Mapping[str, Any]]
+Preset = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def flag(default: Any, help: str) -> Any:
@@ -93,10 +93,10 @@ def _unknown(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def parse(
-    kinds: Sequence[type],
+    kinds: Sequence[type[Any]],
     *,
     argv: Sequence[str] | None = None,
-    every_kind: Sequence[type] = (),
+    every_kind: Sequence[type[Any]] = (),
     preset: Preset | None = None,
     peek: Sequence[str] = ("preset", "config"),
     check: Callable[..., None] | None = None,
@@ -108,7 +108,8 @@ def parse(
     preset: from the settings named in `peek` (flag, else YAML, else default) to the values that lie below the YAML.
     check: called with the instances; its ValueError, as any from a `__post_init__`, ends the process with exit code 2.
     """
-    parser = _Parser(list(kinds), allow_abbrev=False, description=description, usage="%(prog)s [--flag value ...]")
+    wanted: list[Any] = list(kinds)
+    parser = _Parser(wanted, allow_abbrev=False, description=description, usage="%(prog)s [--flag value ...]")
     own = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
     hints = {name: hint for kind in (*every_kind, *kinds) for name, hint in get_type_hints(kind).items()}
 

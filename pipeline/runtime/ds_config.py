@@ -79,6 +79,16 @@ class OptimizerSettings:
     total_steps: int = 1
     warmup_steps: int = 0
 
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at `step` (optimizer steps done): as transformers' cosine schedule.
+
+        That one is not imported, since it brings the whole of transformers' trainer with it.
+        """
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed configuration file. Raises ValueError naming the file and what is wrong with it."""
@@ -183,12 +193,10 @@ def _fill_optimizer(config: dict[str, Any], want: OptimizerSettings, fill: Any, 
 
 
 def _hidden_sizes(hidden: int | None) -> dict[str, int | None]:
-    if hidden is None:
-        return dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"))
     return {
-        "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
+        "reduce_bucket_size": hidden and hidden * hidden,
+        "stage3_prefetch_bucket_size": hidden and int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": hidden and 10 * hidden,
     }
 
 

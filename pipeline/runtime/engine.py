@@ -16,12 +16,18 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    # Said beforehand, DeepSpeed does not look for accelerators and warn at import.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -31,7 +37,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
 
 from pipeline.runtime.ds_config import OptimizerSettings, offloads
 from pipeline.runtime.ranks import Ranks
@@ -43,8 +48,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
     """Starts the process group: nccl on CUDA, gloo on the CPU."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at each first start: it needs a compiler, and two virtual
+        # environments keep recompiling each other's. gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        # DeepSpeed would compile a C++ op for its CPU collectives at the first start; interrupted there, it leaves a
+        # lock file at which every later start waits without a word. gloo's own collectives do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -78,11 +91,11 @@ class Engine:
         flat = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
         if flat:
             raise ValueError(f"DeepSpeed cannot hold parameters without a dimension: give {', '.join(flat)} shape (1,)")
-        groups = [dict(group) for group in groups if group["params"]]
+        used = [dict(group) for group in groups if group["params"]]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("the model has no parameter that is trained")
-        grouped = [id(p) for group in groups for p in group["params"]]
+        grouped = [id(p) for group in used for p in group["params"]]
         assert sorted(grouped) == sorted(map(id, trained.values())), "each trained parameter stands in one group"
 
         self.ranks = ranks
@@ -90,8 +103,8 @@ class Engine:
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._names = list(trained)
         kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads(config) else torch.optim.AdamW
-        adam = kind(groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
-        self._schedule = get_cosine_schedule_with_warmup(adam, optimizer.warmup_steps, optimizer.total_steps)
+        adam = kind(used, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(adam, optimizer.rate)
         own = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """Scoring of a tuned model: predictions for every sample and task, then the figures of a report.
 
-One condition is one pass over a split. "tuned" and "untuned" differ in the weights only. "shuffled" shows the tuned model
-each question beside another sample's picture, and pairs each text with the picture made from another sample's text:
-what is left of a score then never came from the input.
+One condition is one pass over a split. "tuned" and "untuned" differ in the weights only. "shuffled" shows the tuned
+model each question beside another sample's picture, and pairs each text with the picture made from another sample's
+text: what is left of a score then never came from the input.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Evaluator:
         self.limit, self.num_workers, self.seed = limit, num_workers, seed
         self.full_name, self.colour_shape = full_name, colour_shape
         self.skipped: list[str] = []
+        self.counts: dict[str, int] = {}
 
     def predict(self, condition: str) -> list[Prediction]:
         """Answers of one condition ("tuned", "untuned" or "shuffled"), task by task in the split's order."""
@@ -151,11 +152,15 @@ class Evaluator:
             )
         ]
         if self.painter is not None:
-            rows = [i for i, g in enumerate(generations) if g.embedding is not None and prompts.tasks[i] == "generation"]
-            if rows:
-                embeddings = torch.stack([generations[i].embedding for i in rows])  # type: ignore[misc]
-                seed = self.seed + prompts.references[rows[0]]["index"]
-                for i, picture in zip(rows, self.painter.paint(embeddings, seed), strict=True):
+            drawn = {
+                i: g.embedding
+                for i, (g, task) in enumerate(zip(generations, prompts.tasks, strict=True))
+                if g.embedding is not None and task == "generation"
+            }
+            if drawn:
+                seed = self.seed + prompts.references[next(iter(drawn))]["index"]
+                pictures = self.painter.paint(torch.stack(list(drawn.values())), seed)
+                for i, picture in zip(drawn, pictures, strict=True):
                     predictions[i].picture = picture
         return predictions
 
@@ -169,12 +174,11 @@ class Evaluator:
     def score(self, predictions: Sequence[Prediction], condition: str) -> dict[str, float | None]:
         """The report's figures of one condition; None where a figure cannot be had."""
         by_task = {task: [p for p in predictions if p.task == task] for task in self.tasks}
+        self.counts = {task: len(some) for task, some in by_task.items()}
         figures: dict[str, float | None] = {}
         for task, matching in (("referring", "hungarian"), ("reasoning", "hungarian")):
             some = by_task.get(task, [])
-            scores = score_masks(
-                [p.masks for p in some], [p.reference["masks"] for p in some], matching=matching
-            )
+            scores = score_masks([p.masks for p in some], [p.reference["masks"] for p in some], matching=matching)
             figures[f"{task}_miou"], figures[f"{task}_oiou"] = scores["miou"], scores["oiou"]
             figures[f"{task}_object_accuracy"] = None
             if self.full_name is not None and some:
@@ -189,9 +193,7 @@ class Evaluator:
     def _caption_figures(self, some: list[Prediction]) -> dict[str, float | None]:
         figures: dict[str, float | None] = {"caption_bleu4": None, "caption_cider": None, "caption_object_f1": None}
         if some:
-            scores = score_captions(
-                {p.key: [p.reference["caption"]] for p in some}, {p.key: p.text for p in some}
-            )
+            scores = score_captions({p.key: [p.reference["caption"]] for p in some}, {p.key: p.text for p in some})
             figures["caption_bleu4"], figures["caption_cider"] = scores["bleu4"], scores["cider"]
             if self.colour_shape is not None:
                 gold = [list(self.colour_shape(p.reference["caption"])) for p in some]

@@ -1,16 +1,17 @@
-"""From settings to objects: the one place that reads `pipeline.config`'s dataclasses and makes the parts of a run.
+"""The parts of a run, made from settings: CLIP, tokens, batches, LM, tuned model.
 
-Cheap things are checked first, so that a wrong path or number is answered in seconds: the LM's config and the CLIP
-before its weights, the shards' manifest before anything large.
+Cheap things come first, so that a wrong path or number is answered in seconds: the LM's config and tokenizer before
+its weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import DataArguments, ModelArguments
 from pipeline.data import prompts
@@ -74,13 +75,15 @@ def open_split(folder: str, split: str) -> ShardDataset:
     return ShardDataset(Path(folder), split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype) -> torch.nn.Module:
+def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen LM in `dtype`, with the attention that transformers chooses."""
+    # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype)
 
 
 def make_tuner(
-    model: ModelArguments, llm: torch.nn.Module, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
 ) -> NeuralTuner:
     """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
     layers = llm.config.num_hidden_layers
@@ -130,7 +133,7 @@ def make_tuner(
     return tuner
 
 
-def _rms(table: torch.Tensor) -> float:
+def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
     # Under ZeRO-3 the table may be cut up; LLaMA's 0.02 stands in then, as in ImageProjector's default.
     if not table.numel():

@@ -1,0 +1,1 @@
+"""From settings to objects: the only modules beside the entry scripts that read pipeline.config."""

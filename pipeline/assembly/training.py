@@ -1,0 +1,232 @@
+"""One run of train.py: the plan of a run (steps, batches, DeepSpeed's configuration), its parts and its records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.assembly import parts
+from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments, to_dict
+from pipeline.data.batch import Batch
+from pipeline.data.collate import Collator
+from pipeline.data.loader import build_loader
+from pipeline.data.order import SampleOrder
+from pipeline.data.reader import ShardDataset
+from pipeline.data.tokens import TokenMap
+from pipeline.data.writer import pack
+from pipeline.mini.source import MiniSource
+from pipeline.model.fingerprint import fingerprint
+from pipeline.model.initialise import initialise
+from pipeline.model.losses import LossWeights
+from pipeline.model.tuner import NeuralTuner
+from pipeline.model.vision import VisionTower
+from pipeline.runtime.checkpoint import check_reader
+from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.provenance import flatten, run_record, write_json
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.tracking import Tracker
+from pipeline.runtime.validation import ValidationLoss
+
+MINI_SHARDS = REPO / "shards" / "mini"
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Everything about a run that is known before a model is loaded."""
+
+    model: ModelArguments
+    data: DataArguments
+    train: TrainArguments
+    ranks: Ranks
+    dataset: ShardDataset
+    order: SampleOrder
+    batch: BatchPlan
+    optimizer: OptimizerSettings
+    deepspeed: dict[str, Any]
+    base: dict[str, str]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.optimizer.total_steps
+
+    @property
+    def weights(self) -> LossWeights:
+        """The weights of the loss's terms."""
+        return LossWeights(seg=self.train.lambda_seg, gen=self.train.lambda_gen, bce=self.train.lambda_bce)
+
+    @property
+    def reader(self) -> dict[str, Any]:
+        """What the order of samples depends on; a resumed run must have the same."""
+        return {
+            "digest": self.dataset.digest,
+            "seed": self.order.seed,
+            "global_batch": self.order.global_batch,
+            "tasks": list(self.order.tasks),
+            "task_mix": list(self.order.task_mix),
+        }
+
+    def describe(self, resume: Path | None) -> str:
+        """What is about to happen, in plain lines."""
+        b = self.batch
+        lines = [
+            f"Tuning {Path(self.model.base).name} on {len(self.dataset):,} samples of {self.data.data}: {self.steps:,} "
+            f"steps of {b.global_batch} ({b.micro_batch} per forward x {b.accumulation} x {b.world_size} ranks), "
+            f"ZeRO-{self.deepspeed['zero_optimization']['stage']} on {self.ranks.device.type}, "
+            f"{'bf16' if self.deepspeed['bf16']['enabled'] else 'fp32'}. Output: {self.train.output_dir}"
+        ]
+        if self.model.preset == "mini":
+            lines.insert(
+                0,
+                "This is the embedded mini world; for the real thing give --preset 7b (or 13b) with --base, "
+                "--clip_weights and --data.",
+            )
+        if resume is not None:
+            lines.append(f"Going on from {resume} (--resume never starts anew).")
+        return "\n".join(lines)
+
+    def batches(self, collator: Collator, first: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step from `first` on."""
+        loader = build_loader(
+            self.dataset,
+            self.order,
+            collator,
+            rank=self.ranks.rank,
+            world=self.ranks.world_size,
+            micro_batch=self.batch.micro_batch,
+            first_step=first,
+            last_step=self.steps,
+            num_workers=self.data.num_workers,
+            max_bad_share=1.0,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+        return (batches for _, batches in loader)
+
+    def validation(self, collator: Collator, engine: Engine, vision: VisionTower) -> Callable[[int], dict[str, float]]:
+        """The losses on the validation split, for the trainer to ask for."""
+        valid = parts.open_split(self.data.data, "valid")
+        return ValidationLoss(valid, collator, engine, vision, self.data.task_names, self.batch, self.weights)
+
+    def check_resume(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if a checkpoint was made on another base model, order of samples or schedule."""
+        check_reader(state["reader"], self.reader)
+        if state["base"]["fingerprint"] != self.base["fingerprint"]:
+            raise ValueError(f"the checkpoint was made on another base model than {self.model.base}; give that one")
+        if state["total_steps"] != self.steps:
+            raise ValueError(
+                f"the checkpoint is of a run of {state['total_steps']} steps, this one has {self.steps}: the learning "
+                "rate's schedule would jump. Give the same --max_steps or --epochs, or start anew with --resume never"
+            )
+
+    def record(self, tuner: NeuralTuner, token_map: TokenMap) -> dict[str, Any]:
+        """The content of run.json, which every checkpoint holds too."""
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in tuner.named_parameters()}
+        trained = sum(sizes[name] for name in tuner.trained_parameters())
+        return run_record(
+            to_dict(self.model, self.data, self.train),
+            deepspeed=self.deepspeed,
+            world_size=self.ranks.world_size,
+            reader=self.reader,
+            base=self.base,
+            task_tokens={"first_id": token_map.base_vocab, "count": token_map.new_tokens},
+            parameters={"all": sum(sizes.values()), "trained": trained},
+        )
+
+
+def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> RunPlan:
+    """Checks what can be checked without loading a model, and packs the mini world if it is wanted and missing.
+
+    Raises:
+        ValueError: data, batch arithmetic, DeepSpeed file or base model do not fit; the message says what to do.
+    """
+    if Path(data.data) == MINI_SHARDS:
+        pack_mini(ranks)
+    dataset = parts.open_split(data.data, "train")
+    batch = plan_batch(train.global_batch, ranks.world_size, micro_batch=train.micro_batch, limit=train.max_micro_batch)
+    steps = count_steps(len(dataset), train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
+    optimizer = OptimizerSettings(
+        lr=train.lr,
+        beta1=train.adam_beta1,
+        beta2=train.adam_beta2,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        total_steps=steps,
+        warmup_steps=round(train.warmup_ratio * steps),
+    )
+    base = {"path": model.base, "fingerprint": fingerprint(model.base)}
+    config = json.loads((Path(model.base) / "config.json").read_text())
+    return RunPlan(
+        model=model,
+        data=data,
+        train=train,
+        ranks=ranks,
+        dataset=dataset,
+        order=SampleOrder(len(dataset), train.seed, train.global_batch, data.task_names, data.task_shares),
+        batch=batch,
+        optimizer=optimizer,
+        deepspeed=resolve(
+            read_json(train.deepspeed_file()),
+            plan=batch,
+            optimizer=optimizer,
+            bf16=train.use_bf16(ranks.device.type),
+            hidden_size=config.get("hidden_size"),
+            on_cpu=ranks.device.type == "cpu",
+        ),
+        base=base,
+    )
+
+
+def pack_mini(ranks: Ranks) -> None:
+    """Makes the mini world's shards where they are missing: each node's first rank packs, the others wait at the lock.
+
+    Packing what is packed already does nothing, and two packers of one folder take turns.
+    """
+    source = MiniSource()
+    if ranks.is_main and not (MINI_SHARDS / "manifest.json").exists():
+        print(f"Packing the embedded mini world into {MINI_SHARDS} first (half a minute).")
+    for split in source.splits():
+        pack(source, split, MINI_SHARDS, workers=2, progress=ranks.is_main)
+
+
+def prepare_tuner(model: ModelArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks) -> NeuralTuner:
+    """The tuned model with its initial values, on this rank's device, in the precision of training."""
+    bf16 = train.use_bf16(ranks.device.type)
+    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32)
+    tuner = parts.make_tuner(model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing)
+    initialise(tuner, train.seed)
+    return tuner
+
+
+def flops_per_token(tuner: NeuralTuner) -> float:
+    """Floating-point operations of a training step per token: forward and the gradients of activations, 2 N each.
+
+    Frozen weights have no gradients; what is trained is so small that it is left out, as is attention's quadratic part.
+    """
+    inner = [p for name, p in tuner.llm.named_parameters() if "embed" not in name and "lm_head" not in name]
+    return 4.0 * sum(getattr(p, "ds_numel", p.numel()) for p in inner)
+
+
+def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks) -> None:
+    """run.json into the run's folder, and its content to MLflow."""
+    if ranks.is_main:
+        path = write_json(Path(output_dir) / "run.json", record)
+        tracker.log_params(flatten(record["config"]))
+        tracker.set_tags({"git": record["git"], "versions": record["versions"], "base": record["base"]})
+        tracker.log_artifact(path)
+
+
+def log_seconds(output_dir: str, ranks: Ranks, **seconds: float) -> None:
+    """Adds the seconds of this start's stages to run.json: those of an earlier, stopped start stay counted."""
+    path = Path(output_dir) / "run.json"
+    if ranks.is_main:
+        record = json.loads(path.read_text())
+        before = record.get("seconds", {})
+        record["seconds"] = {stage: round(before.get(stage, 0.0) + s, 1) for stage, s in seconds.items()}
+        write_json(path, record)

@@ -1,0 +1,246 @@
+"""The training loop: global normalisation, metrics, checkpoints, stopping.
+
+A step's losses are divided by the GLOBAL batch's counts of answer tokens, masks and pictures. DeepSpeed averages
+gradients over ranks and micro-batches, so each micro-batch's sums are divided by count / (ranks * micro-batches): the
+objective is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.data.batch import Batch, VisionFeatures
+from pipeline.model.losses import LossWeights, Norms
+from pipeline.runtime import checkpoint, stopping
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.throughput import Meter
+from pipeline.runtime.tracking import Tracker
+
+# The count that each sum of the model's forward is divided by; "dice/referring" goes with "masks/referring".
+_COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures"}
+
+
+class Trainer:
+    """Trains an engine on a loader, from `first_step` to `last_step` (optimizer steps, counted from 0)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Iterable[list[Batch]],
+        vision: Callable[[Tensor], VisionFeatures],
+        tracker: Tracker,
+        *,
+        output_dir: str | Path,
+        last_step: int,
+        first_step: int = 0,
+        weights: LossWeights | None = None,
+        seed: int = 0,
+        logging_steps: int = 10,
+        save_steps: int = 0,
+        keep: int = 2,
+        eval_steps: int = 0,
+        on_validate: Callable[[int], Mapping[str, float] | None] | None = None,
+        state: Mapping[str, Any] | None = None,
+        max_bad_share: float = 1.0,
+        flops_per_token: float | None = None,
+        progress: bool = True,
+    ) -> None:
+        """loader: this rank's micro-batches of each step from first_step on, as many on every rank.
+
+        vision: pixel values [B,3,S,S] -> features. state: JSON-able facts for the checkpoints (config, reader,
+        versions, base hash). on_validate: called on every rank with the number of trained steps; its figures are
+        logged as valid/<name>. max_bad_share: share of unreadable samples, over the steps so far, that stops the run.
+        """
+        self.engine, self.loader, self.vision, self.tracker = engine, loader, vision, tracker
+        self.ranks = engine.ranks
+        self.output_dir = Path(output_dir)
+        self.first_step, self.last_step = first_step, last_step
+        self.weights, self.seed = weights or LossWeights(), seed
+        self.logging_steps, self.save_steps, self.keep = logging_steps, save_steps, keep
+        self.eval_steps, self.on_validate = eval_steps, on_validate
+        self.state, self.max_bad_share = dict(state or {}), max_bad_share
+        self.progress = progress
+        self._meter = Meter(self.ranks.device, self.ranks.world_size, flops_per_token=flops_per_token)
+        self._sums: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._saved = first_step if first_step else -1
+
+    def train(self) -> str:
+        """Runs to the end or until a signal; returns "DONE" or "REQUEUE", the marker file it left.
+
+        Raises FloatingPointError naming the samples when a loss is not finite (before the weights move), ValueError
+        when too many samples cannot be read; the checkpoints so far stay.
+        """
+        if self.ranks.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            stopping.mark(self.output_dir, None)
+        bar = tqdm(
+            total=self.last_step,
+            initial=self.first_step,
+            desc="tuning",
+            unit="step",
+            disable=not (self.progress and self.ranks.is_main),
+            dynamic_ncols=True,
+        )
+        self.engine.module.train()
+        step, ended = self.first_step, stopping.DONE
+        with stopping.watching() as stop, bar:
+            for batches in self.loader if step < self.last_step else ():
+                stopped = self._train_step(step, batches, bool(stop))
+                step += 1
+                bar.update()
+                self._after_step(step, bar)
+                if stopped and step < self.last_step:
+                    ended = stopping.REQUEUE
+                    break
+                if step >= self.last_step:
+                    break
+            assert ended == stopping.REQUEUE or step >= self.last_step, f"the loader ended at step {step}"
+            if self._saved != step:
+                self._save(step)
+        if self.ranks.is_main:
+            stopping.mark(self.output_dir, ended, f"step {step} of {self.last_step}")
+            if ended == stopping.REQUEUE:
+                print(f"stopped by a signal after step {step}; the same command goes on from there")
+        return ended
+
+    def _train_step(self, step: int, batches: list[Batch], stop: bool) -> bool:
+        """One optimizer step; True if any rank was asked to stop."""
+        # Whatever draws at random (dropout) does so by step and rank: a resumed run draws the same.
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
+        set_step = getattr(self.engine.module, "set_step", None)
+        if set_step is not None:
+            set_step(step)
+        counts = self._count(batches, stop)
+        scale = 1.0 / (self.ranks.world_size * len(batches))
+        norms = Norms(
+            tokens=counts["tokens"] * scale, masks=counts["masks"] * scale, pictures=counts["pictures"] * scale
+        )
+        losses: list[Tensor] = []
+        parts: Counter[str] = Counter()
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.ranks.device)
+            with torch.no_grad():
+                features = self.vision(batch.pixel_values)
+            loss, sums = self.engine(batch, features, norms, self.weights)
+            self.engine.backward(loss)
+            losses.append(loss.detach())
+            parts.update(sums)
+            if index + 1 < len(batches):
+                self.engine.step()
+        self._reduce(step, batches, losses, parts, scale)
+        moved = self.engine.step()
+        assert moved, "a step's micro-batches make up one global batch"
+        self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"])
+        return counts["stop"] > 0
+
+    def _count(self, batches: list[Batch], stop: bool) -> dict[str, float]:
+        """The global batch's counts, and whether a rank was asked to stop, in one reduction."""
+        per_batch = [batch.counts() for batch in batches]
+        local = {
+            "tokens": sum(count.tokens for count in per_batch),
+            "masks": sum(count.masks for count in per_batch),
+            "pictures": sum(count.pictures for count in per_batch),
+            "rows": sum(len(batch.keys) for batch in batches),
+            "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
+            "skipped": sum(len(batch.skipped) for batch in batches),
+            "stop": float(stop),
+        }
+        total = dict(zip(local, self.ranks.sum([float(value) for value in local.values()]), strict=True))
+        self._counts.update({name: total[name] for name in ("rows", "skipped")})
+        if total["skipped"]:
+            self._report_skipped(batches)
+        return total
+
+    def _report_skipped(self, batches: list[Batch]) -> None:
+        named = [text for found in self.ranks.gather([t for b in batches for t in b.skipped]) for text in found]
+        if self.ranks.is_main:
+            for text in named:
+                tqdm.write(f"left out: {text}")
+        bad, seen = self._counts["skipped"], self._counts["skipped"] + self._counts["rows"]
+        # One bad sample in the first batch is no share yet.
+        if bad / seen > self.max_bad_share and bad > 3:
+            raise ValueError(
+                f"{bad:.0f} of {seen:.0f} samples could not be read, more than max_bad_share {self.max_bad_share:g}: "
+                f"the last was {named[-1]}; check the shards (pipeline/shard_mmud.py --verify)"
+            )
+
+    def _reduce(self, step: int, batches: list[Batch], losses: list[Tensor], parts: Counter[str], scale: float) -> None:
+        """Adds this step's global sums to the interval's; stops every rank if a loss is not finite."""
+        names = sorted(parts)
+        # One copy to the host for all figures.
+        values = torch.stack([*losses, *(torch.as_tensor(parts[name]).to(losses[0]) for name in names)]).tolist()
+        own, sums = values[: len(losses)], values[len(losses) :]
+        total, *global_sums = self.ranks.sum([sum(own) * scale, *sums])
+        if not math.isfinite(total):
+            bad = [
+                f"{', '.join(batch.keys)} (loss {value})"
+                for batch, value in zip(batches, own, strict=True)
+                if not math.isfinite(value)
+            ]
+            named = "; ".join(text for found in self.ranks.gather(bad) for text in found) or "no single micro-batch"
+            raise FloatingPointError(
+                f"the loss of step {step} is not finite, in: {named}. The weights were not moved. A lower --lr, or "
+                "leaving these samples out, may help"
+            )
+        self._sums.update(dict(zip(names, global_sums, strict=True)))
+        self._sums.update({"loss": total, "steps": 1})
+
+    def _after_step(self, step: int, bar: tqdm) -> None:
+        """What is due once `step` steps are trained: metrics, validation, checkpoint."""
+        if step % self.logging_steps == 0 or step == self.last_step:
+            metrics = self._metrics()
+            shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in metrics.items() if _shown(name)}
+            bar.set_postfix(shown, refresh=False)
+            self.tracker.log_metrics(step, metrics)
+        if self.on_validate and self.eval_steps and step % self.eval_steps == 0:
+            figures = self.on_validate(step)
+            self.engine.module.train()
+            if figures:
+                self.tracker.log_metrics(step, {f"valid/{name}": value for name, value in figures.items()})
+            self._meter.restart()
+        if self.save_steps and step % self.save_steps == 0:
+            self._save(step)
+            self._meter.restart()
+
+    def _metrics(self) -> dict[str, float]:
+        """Means over the steps since the last line: each sum over its count, as the loss weighs them."""
+        steps = max(self._sums["steps"], 1)
+        metrics: dict[str, float] = {"loss": self._sums["loss"] / steps}
+        for name, total in self._sums.items():
+            kind, _, task = name.partition("/")
+            if kind in _COUNT_OF:
+                count = self._sums.get(_COUNT_OF[kind] + (f"/{task}" if task else ""), 0)
+                if count:
+                    metrics[f"loss/{name}"] = total / count
+        rates = self.engine.learning_rates
+        metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
+        metrics["lr"] = max(rates.values())
+        metrics["grad_norm"] = self.engine.grad_norm
+        metrics["samples_left_out"] = self._counts["skipped"]
+        metrics |= self._meter.read()
+        self._sums.clear()
+        return metrics
+
+    def _save(self, step: int) -> None:
+        facts = {
+            **self.state,
+            "mlflow_run_id": self.ranks.from_main(self.tracker.run_id),
+            "rng": {"seed": self.seed, "keyed_by": ["seed", "step", "rank"]},
+            "total_steps": self.last_step,
+        }
+        checkpoint.save_checkpoint(self.engine, self.output_dir, step=step, state=facts, keep=self.keep)
+        self._saved = step
+
+
+def _shown(name: str) -> bool:
+    """What the progress bar shows: the loss, and the answer's loss of each task."""
+    return name == "loss" or name.startswith("loss/ce/")

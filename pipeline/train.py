@@ -1,0 +1,106 @@
+r"""Tunes a frozen LLaMA on a packed data set with DeepSpeed: four tasks together.
+
+    deepspeed pipeline/train.py --deepspeed ds_configs/z2.json                  # the embedded mini world
+    deepspeed --num_gpus 2 pipeline/train.py --deepspeed ds_configs/z3.json     # two ranks, also without a GPU
+    deepspeed pipeline/train.py --deepspeed ds_configs/z2.json \
+        --preset 7b --base LLAMA --clip_weights CLIP --data SHARDS
+
+Runs under the deepspeed launcher, torchrun, srun with one task per rank, or alone. It goes on from the newest whole
+checkpoint of --output_dir; --resume never starts anew. --help lists every flag.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from pipeline.assembly import parts
+from pipeline.assembly import training as assembly
+from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
+from pipeline.runtime import engine as runtime
+from pipeline.runtime.checkpoint import find_resume, load_checkpoint
+from pipeline.runtime.ranks import Ranks, detect
+from pipeline.runtime.stopping import DONE
+from pipeline.runtime.tracking import Tracker
+from pipeline.runtime.trainer import Trainer
+
+
+def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> str:
+    """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE)."""
+    began = time.perf_counter()
+    plan = assembly.plan_run(model, data, train, ranks)
+    resume = find_resume(train.resume, train.output_dir)
+    vision = parts.load_vision(model, ranks.device)
+    token_map = parts.load_token_map(model)
+    collator = parts.make_collator(model, data, token_map, vision, train.seed)
+    if ranks.is_main:
+        print(plan.describe(resume))
+
+    runtime.start(ranks)
+    tuner = assembly.prepare_tuner(model, train, vision, ranks)
+    groups = tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates)
+    engine = runtime.Engine(tuner, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
+    first, run_id = 0, None
+    if resume is not None:
+        state = load_checkpoint(engine, resume)
+        plan.check_resume(state)
+        first, run_id = state["step"], state.get("mlflow_run_id")
+
+    record = plan.record(tuner, token_map)
+    tracker = Tracker(
+        train.output_dir,
+        experiment=train.mlflow_experiment,
+        run_name=train.run_name or Path(train.output_dir).name,
+        resume_step=first,
+        run_id=run_id,
+        enabled=ranks.is_main,
+    )
+    ended = "FAILED"
+    try:
+        assembly.log_record(tracker, record, train.output_dir, ranks)
+        trainer = Trainer(
+            engine,
+            plan.batches(collator, first),
+            vision,
+            tracker,
+            output_dir=train.output_dir,
+            first_step=first,
+            last_step=plan.steps,
+            weights=plan.weights,
+            seed=train.seed,
+            logging_steps=train.logging_steps,
+            save_steps=train.save_steps,
+            keep=train.save_total_limit,
+            eval_steps=train.eval_steps,
+            on_validate=plan.validation(collator, engine, vision) if train.eval_steps else None,
+            state=record,
+            max_bad_share=data.max_bad_share,
+            flops_per_token=assembly.flops_per_token(tuner),
+        )
+        loaded = time.perf_counter()
+        marker = trainer.train()
+        ended = "FINISHED" if marker == DONE else "KILLED"
+        assembly.log_seconds(train.output_dir, ranks, load=loaded - began, tune=time.perf_counter() - loaded)
+        return marker
+    finally:
+        tracker.close(ended)
+
+
+def main() -> int:
+    """Parse, run, close; what a user can mend is one message on rank 0."""
+    model, data, train = parse(ModelArguments, DataArguments, TrainArguments, description=__doc__)
+    ranks = detect()
+    try:
+        run(model, data, train, ranks)
+        return 0
+    except (ValueError, FloatingPointError) as error:
+        if ranks.is_main:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

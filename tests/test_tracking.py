@@ -1,0 +1,144 @@
+"""metrics.jsonl is complete whatever MLflow does; MLflow gets each step once, also over a resume and a dead server."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.runtime import provenance
+from pipeline.runtime.ranks import free_port
+from pipeline.runtime.tracking import Tracker
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def tracker(folder: Path, **more: Any) -> Tracker:
+    options = {"experiment": "test", "run_name": "toy", "system_metrics": False, "retry_seconds": 0.2} | more
+    return Tracker(folder, **options)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def history(folder: Path, name: str) -> list[int]:
+    import mlflow
+
+    state = json.loads((folder / "mlflow.json").read_text())
+    client = mlflow.MlflowClient(state["uri"])
+    return [metric.step for metric in client.get_metric_history(state["run_id"], name)]
+
+
+def test_a_dead_server_then_a_resume_into_a_live_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    dead = tracker(tmp_path, notify=said.append)
+    start = time.perf_counter()
+    dead.log_params({"lr": 1e-3})
+    for step in range(1, 201):
+        dead.log_metrics(step, {"loss": 1 / step})
+    # 200 lines to a server that is away: training does not notice.
+    assert time.perf_counter() - start < 2.0
+    time.sleep(1.0)
+    assert dead.run_id is None
+    dead.close("KILLED", seconds=30)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 201))
+    assert len(said) == 2, said
+    assert "training goes on" in said[0]
+    assert "sent when the run is resumed" in said[1]
+
+    # Steps 151..200 were trained after the last checkpoint: they are trained, and written, again.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 201, "metr')
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    live = tracker(tmp_path, resume_step=150, notify=said.append)
+    for step in range(151, 156):
+        live.log_metrics(step, {"loss": 1 / step, "late": 0.0})
+    live.log_params({"lr": 1e-3, "batch": 8})
+    live.set_tags({"commit": "abc"})
+    live.log_table({"key": ["a", "b"], "text": ["x", "y"]}, "tables/predictions.json")
+    (tmp_path / "run.json").write_text("{}")
+    live.log_artifact(tmp_path / "run.json")
+    live.close(seconds=240)
+    assert live.unsent == 0
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 156))
+    assert history(tmp_path, "loss") == list(range(1, 156))
+    first_id = live.run_id
+
+    # Sent up to 155, resumed at 153: 154 and 155 go into metrics.jsonl again, but not to MLflow again.
+    again = tracker(tmp_path, resume_step=153, run_id="not used: the folder knows")
+    for step in range(154, 158):
+        again.log_metrics(step, {"loss": 1 / step})
+    again.log_params({"lr": 2e-3})
+    again.close(seconds=240)
+    assert again.run_id == first_id
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 158))
+    assert history(tmp_path, "loss") == list(range(1, 158))
+
+    import mlflow
+
+    client = mlflow.MlflowClient(again.uri)
+    run = client.get_run(first_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "0.001", "batch": "8"}
+    assert run.data.tags["changed.lr"] == "0.002"
+    assert run.data.tags["commit"] == "abc"
+    assert {file.path for file in client.list_artifacts(first_id)} == {"run.json", "tables"}
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_server_that_fails_in_between_gets_the_rest_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a request is lost although it arrived: the step must not go twice."""
+    import mlflow
+
+    real = mlflow.MlflowClient.log_batch
+    failures = iter([False, True, True])
+
+    def flaky(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = real(self, *args, **kwargs)
+        if next(failures, False):
+            raise ConnectionError("answer lost")
+        return result
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", flaky)
+    said: list[str] = []
+    run = tracker(tmp_path, notify=said.append)
+    for step in range(1, 6):
+        run.log_metrics(step, {"loss": 0.5, "lr": 0.1})
+    run.close(seconds=240)
+    assert history(tmp_path, "loss") == history(tmp_path, "lr") == [1, 2, 3, 4, 5]
+    assert len(said) == 1
+    assert "answer lost" in said[0]
+
+
+def test_other_ranks_do_nothing(tmp_path: Path) -> None:
+    quiet = Tracker(tmp_path / "none", experiment="test", run_name="toy", enabled=False)
+    quiet.log_metrics(1, {"loss": 1.0})
+    quiet.log_params({"a": 1})
+    quiet.set_tags({"a": 1})
+    quiet.log_table({"a": [1]}, "t.json")
+    quiet.log_artifact("x")
+    quiet.close()
+    assert quiet.run_id is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_run_record(tmp_path: Path) -> None:
+    record = provenance.run_record(
+        {"TrainArguments": {"lr": 1e-3}}, deepspeed={"bf16": {"enabled": False}}, world_size=2
+    )
+    path = provenance.write_json(tmp_path / "run.json", record)
+    found = json.loads(path.read_text())
+    assert found["versions"]["deepspeed"]
+    assert found["command"]
+    assert set(found["git"]) == {"commit", "dirty"}
+    assert provenance.flatten(found["config"]) == {"TrainArguments.lr": 1e-3}
+    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}
