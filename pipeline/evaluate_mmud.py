@@ -23,7 +23,7 @@ def main() -> int:
         evaluation.run()
         print(evaluation.write())
     except ValueError as error:
-        print(f"evaluate_mmud.py: {error}", file=sys.stderr)
+        print(f"evaluate_mmud.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,7 +19,7 @@ from pipeline.assembly import parts
 from pipeline.assembly import training as assembly
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.checkpoint import find_resume, load_checkpoint
+from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
 from pipeline.runtime.ranks import Ranks, detect
 from pipeline.runtime.stopping import DONE
 from pipeline.runtime.tracking import Tracker
@@ -31,9 +31,13 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     began = time.perf_counter()
     plan = assembly.plan_run(model, data, train, ranks)
     resume = find_resume(train.resume, train.output_dir)
+    if resume is not None:
+        plan.check_resume(read_state(resume))
     vision = parts.load_vision(model, ranks.device)
     token_map = parts.load_token_map(model)
     collator = parts.make_collator(model, data, token_map, vision, train.seed)
+    if train.resume == "never" and ranks.is_main and (earlier := set_aside(train.output_dir)):
+        print(f"Starting anew; the earlier run's files are now in {earlier}.")
     if ranks.is_main:
         print(plan.describe(resume))
 
@@ -44,7 +48,6 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     first, run_id = 0, None
     if resume is not None:
         state = load_checkpoint(engine, resume)
-        plan.check_resume(state)
         first, run_id = state["step"], state.get("mlflow_run_id")
 
     record = plan.record(tuner, token_map)
@@ -82,6 +85,8 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
         marker = trainer.train()
         ended = "FINISHED" if marker == DONE else "KILLED"
         assembly.log_seconds(train.output_dir, ranks, load=loaded - began, tune=time.perf_counter() - loaded)
+        if ranks.is_main and marker == DONE:
+            print(plan.closing())
         return marker
     finally:
         tracker.close(ended)
@@ -90,14 +95,19 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
 def main() -> int:
     """Parse, run, close; what a user can mend is one message on rank 0."""
     model, data, train = parse(ModelArguments, DataArguments, TrainArguments, description=__doc__)
-    ranks = detect()
+    ranks = None
     try:
+        ranks = detect()
         run(model, data, train, ranks)
         return 0
     except (ValueError, FloatingPointError) as error:
-        if ranks.is_main:
+        if ranks is None or ranks.is_main:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if ranks is None or ranks.is_main:
+            print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)
+        return 130
     finally:
         runtime.close()
 

@@ -74,6 +74,7 @@ class Evaluation:
         self.args, self.device = args, device
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
         self.folder = Path(args.report_dir or trained.folder.parent)
+        parts.read_config(trained.model)
         found, trained_on = fingerprint(trained.model.base), trained.state["base"]["fingerprint"]
         if found != trained_on:
             raise ValueError(
@@ -177,7 +178,7 @@ class Evaluation:
             experiment=self.trained.state["config"]["TrainArguments"]["mlflow_experiment"],
             run_name="",
             run_id=run_id,
-            resume_step=step,
+            resume_step=None,
             system_metrics=False,
         )
         for condition in self.figures:

@@ -6,6 +6,7 @@ its weights.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,19 @@ def load_vision(model: ModelArguments, device: torch.device) -> VisionTower:
 
 def load_token_map(model: ModelArguments) -> TokenMap:
     """The LM's tokenizer with the task tokens behind its vocabulary; reads the LM's config, not its weights."""
-    if not Path(model.base).is_dir():
-        raise ValueError(f"--base {model.base} is not a folder with a Hugging Face model (config.json, *.safetensors)")
+    read_config(model)
     vocabulary = AutoConfig.from_pretrained(model.base).vocab_size
     return TokenMap(AutoTokenizer.from_pretrained(model.base), vocabulary, model.max_objects)
+
+
+def read_config(model: ModelArguments) -> dict[str, Any]:
+    """config.json of the LM. Raises ValueError naming --base where there is none."""
+    try:
+        return json.loads((Path(model.base) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--base {model.base} is no folder of a Hugging Face model (config.json, *.safetensors, tokenizer): {error}"
+        ) from error
 
 
 def make_collator(
@@ -72,7 +82,10 @@ def mask_size(model: ModelArguments, tower: VisionTower) -> int:
 
 def open_split(folder: str, split: str) -> ShardDataset:
     """One split of a packed data set. Raises ValueError with the packing command when it is not there."""
-    return ShardDataset(Path(folder), split)
+    try:
+        return ShardDataset(Path(folder), split)
+    except ValueError as error:
+        raise ValueError(f"--data {folder}: {error}") from error
 
 
 def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:

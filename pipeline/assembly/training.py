@@ -77,7 +77,8 @@ class RunPlan:
         b = self.batch
         lines = [
             f"Tuning {Path(self.model.base).name} on {len(self.dataset):,} samples of {self.data.data}: {self.steps:,} "
-            f"steps of {b.global_batch} ({b.micro_batch} per forward x {b.accumulation} x {b.world_size} ranks), "
+            f"steps of {b.global_batch} samples ({b.micro_batch} per pass x {b.accumulation} "
+            f"pass{'es' if b.accumulation > 1 else ''} x {b.world_size} rank{'s' if b.world_size > 1 else ''}), "
             f"ZeRO-{self.deepspeed['zero_optimization']['stage']} on {self.ranks.device.type}, "
             f"{'bf16' if self.deepspeed['bf16']['enabled'] else 'fp32'}. Output: {self.train.output_dir}"
         ]
@@ -88,8 +89,15 @@ class RunPlan:
                 "--clip_weights and --data.",
             )
         if resume is not None:
-            lines.append(f"Going on from {resume} (--resume never starts anew).")
+            lines.append(f"Going on from {resume}; give --resume never to start anew.")
         return "\n".join(lines)
+
+    def closing(self) -> str:
+        """What there is now, and the command that scores it."""
+        return (
+            f"Tuned: {self.train.output_dir}/checkpoint-{self.steps}. Score it with: "
+            f"python pipeline/evaluate_mmud.py --checkpoint {self.train.output_dir} --condition all"
+        )
 
     def batches(self, collator: Collator, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step from `first` on."""
@@ -117,7 +125,10 @@ class RunPlan:
         """Raises ValueError if a checkpoint was made on another base model, order of samples or schedule."""
         check_reader(state["reader"], self.reader)
         if state["base"]["fingerprint"] != self.base["fingerprint"]:
-            raise ValueError(f"the checkpoint was made on another base model than {self.model.base}; give that one")
+            raise ValueError(
+                f"the checkpoint was made on another base model than --base {self.model.base}: give that one, or start "
+                "anew with --resume never"
+            )
         if state["total_steps"] != self.steps:
             raise ValueError(
                 f"the checkpoint is of a run of {state['total_steps']} steps, this one has {self.steps}: the learning "
@@ -160,8 +171,8 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         total_steps=steps,
         warmup_steps=round(train.warmup_ratio * steps),
     )
+    config = parts.read_config(model)
     base = {"path": model.base, "fingerprint": fingerprint(model.base)}
-    config = json.loads((Path(model.base) / "config.json").read_text())
     return RunPlan(
         model=model,
         data=data,

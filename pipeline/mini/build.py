@@ -30,7 +30,6 @@ GATES = {
         "beats_size_swap": 0.95,
         "beats_colour_swap": 0.95,
         "beats_shape_swap": 0.95,
-        "beats_place_swap": 0.95,
     },
     "vqgan": {"text_r1_of_50": 0.8},
     "prior": {"text_r1_of_50": 0.6},
@@ -42,10 +41,10 @@ GATES = {
 class BuildSize:
     """Steps of each pretraining, and the numbers of scenes: to train on and held out."""
 
-    llm_steps: int = 1200
-    clip_steps: int = 1150
+    llm_steps: int = 3200
+    clip_steps: int = 1400
     vqgan_steps: int = 1000
-    prior_steps: int = 1000
+    prior_steps: int = 800
     llm_pool: int = 40_000
     picture_pool: int = 24_000
     held_out: int = 400
@@ -220,8 +219,8 @@ def write_card(folder: Path) -> None:
     """Writes `README.md` from the stages' gate.json."""
     rows, gates = [], []
     trained_on = {
-        "llm": ("LlamaForCausalLM", "{llm_steps} steps of 64 texts, {llm_pool} scenes"),
-        "clip": ("open_clip ViT + text transformer", "{clip_steps} steps of 128 pictures, {picture_pool} scenes"),
+        "llm": ("LlamaForCausalLM", "{llm_steps} steps of 16 texts, {llm_pool} scenes"),
+        "clip": ("open_clip ViT + text transformer", "{clip_steps} steps of 64 pictures, {picture_pool} scenes"),
         "vqgan": ("taming VQGAN", "{vqgan_steps} steps of 32 pictures, {picture_pool} scenes"),
         "prior": ("GPT-2 over VQGAN codes", "{prior_steps} steps of 64 pictures, {picture_pool} scenes"),
     }

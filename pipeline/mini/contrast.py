@@ -117,7 +117,7 @@ def pretrain_clip(
     steps: int,
     seed: int,
     batch: int = 64,
-    lr: float = 1.0e-3,
+    lr: float = 3.0e-3,
 ) -> dict[str, float]:
     """Trains the CLIP and saves it to `out` in open_clip's local-dir form; returns the gate's figures."""
     torch.manual_seed(seed)

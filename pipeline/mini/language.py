@@ -120,7 +120,7 @@ def _training_text(scene: Scene, rng: np.random.Generator, encode) -> tuple[list
     return ids, loss, noisy
 
 
-def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 32, lr: float = 2e-3) -> dict[str, float]:
+def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 16, lr: float = 4e-3) -> dict[str, float]:
     """Trains and saves the LLM with its tokenizer to `out`; returns the gate's figures."""
     tokenizer = build_tokenizer(add_special_tokens=False)
     llm: Any = build_llm(seed).to(training.device())  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def pretrain_prior(
     steps: int,
     seed: int,
     batch: int = 64,
-    lr: float = 1.0e-3,
+    lr: float = 3.0e-3,
 ) -> dict[str, float]:
     """Trains and saves the image prior to `out`; returns the gate's figures."""
     torch.manual_seed(seed)

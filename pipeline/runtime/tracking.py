@@ -29,7 +29,8 @@ class Tracker:
     """Metrics, parameters, tags, files and figures of one run.
 
     `resume_step`: the step that a resumed run goes on from; lines of metrics.jsonl beyond it are dropped, since those
-    steps are trained again. A new run passes 0.
+    steps are trained again. A new run passes 0. None leaves the lines that are there alone and only adds to them: for
+    a guest, such as an evaluation, beside a run that may be training at this moment.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Tracker:
         *,
         experiment: str,
         run_name: str,
-        resume_step: int = 0,
+        resume_step: int | None = 0,
         run_id: str | None = None,
         enabled: bool = True,
         system_metrics: bool = True,
@@ -52,7 +53,7 @@ class Tracker:
         self.folder = Path(output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / METRICS
-        pending = _keep_until(self._path, resume_step)
+        pending = [] if resume_step is None else _keep_until(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._notify, self._retry = notify, retry_seconds
         state = _read_state(self.folder / _STATE)

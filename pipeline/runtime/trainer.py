@@ -96,7 +96,6 @@ class Trainer:
             for batches in self.loader if step < self.last_step else ():
                 stopped = self._train_step(step, batches, bool(stop))
                 step += 1
-                bar.update()
                 self._after_step(step, bar)
                 if stopped and step < self.last_step:
                     ended = stopping.REQUEUE
@@ -109,7 +108,7 @@ class Trainer:
         if self.ranks.is_main:
             stopping.mark(self.output_dir, ended, f"step {step} of {self.last_step}")
             if ended == stopping.REQUEUE:
-                print(f"stopped by a signal after step {step}; the same command goes on from there")
+                print(f"Stopped by a signal after step {step}; --resume auto, the default, goes on from there.")
         return ended
 
     def _train_step(self, step: int, batches: list[Batch], stop: bool) -> bool:
@@ -201,6 +200,7 @@ class Trainer:
             shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in metrics.items() if _shown(name)}
             bar.set_postfix(shown, refresh=False)
             self.tracker.log_metrics(step, metrics)
+        bar.update()
         if self.on_validate and self.eval_steps and step % self.eval_steps == 0:
             figures = self.on_validate(step)
             self.engine.module.train()

@@ -1,0 +1,58 @@
+"""Runs scripts one after another in one process, for tests: `python tests/scripts_job.py JOBS.json OUT.json`.
+
+A start costs seconds of imports, which this pays once. DeepSpeed cannot start a second process group in a process, so
+the first one stays until the end. JOBS: [{"name", "script", "args"}]; a script runs as
+`python pipeline/<script> args` would, in one process. OUT: {name: {"code", "out", "err"}}.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run(script: str, args: list[str]) -> dict[str, Any]:
+    """Exit code, stdout and stderr of one script."""
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    sys.argv = [str(PIPELINE / script), *args]
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+            if isinstance(code, str):
+                code = print(code, file=sys.stderr) or 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def main() -> None:
+    """All jobs in order; what is done so far is on disk after each."""
+    jobs, target = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    sys.path[0] = str(PIPELINE)
+    done: dict[str, Any] = {}
+    end, dist.destroy_process_group = dist.destroy_process_group, lambda group=None: None
+    for job in jobs:
+        done[job["name"]] = run(job["script"], job["args"])
+        target.write_text(json.dumps(done, indent=1))
+    if dist.is_initialized():
+        end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""train.py and evaluate_mmud.py as they are typed, on MMUD files, a LLaMA folder and an open_clip file.
+
+The weights are random. A start costs seconds, so three give the facts of all tests: one process, two ranks under the
+deepspeed launcher, and one process that goes through the rest. Measured: losses and gradient norms of ZeRO-2 on one
+rank and ZeRO-3 with recomputation on two differ by 2e-7 relative (order of summation); a resume as before is
+bit-identical.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import CLIP, LAYERS, MMUD, REPO, clip_file, llama
+
+from pipeline.assembly import parts
+from pipeline.assembly.evaluation import open_checkpoint
+from pipeline.runtime.checkpoint import load_trained, read_state, verify
+from pipeline.runtime.ranks import free_port
+from pipeline.scoring.report import CONDITIONS, SCORES
+
+ACROSS = 2e-6
+SCORE_NAMES = {
+    *("referring_miou", "referring_oiou", "reasoning_miou", "reasoning_oiou", "caption_bleu4", "caption_cider"),
+    *("caption_object_f1", "referring_object_accuracy", "reasoning_object_accuracy"),
+    *("picture_text_r1_of_50", "picture_clip_cosine"),
+}
+
+
+class World:
+    """The files of one session, and command lines that name them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base, self.other_base = llama(root / "llama"), llama(root / "other", seed=1)
+        self.clip = clip_file(root / "clip.safetensors")
+        self.shards = root / "shards"
+        self.one, self.two = root / "one", root / "two"
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        self.env = {name: value for name, value in os.environ.items() if name not in names}
+        self.env |= {
+            "PATH": f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}",
+            "OMP_NUM_THREADS": "1",
+            # Making a database takes seconds: all runs share one, as they would share a server.
+            "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}",
+        }
+
+    def start(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """A command that must succeed, run in the checkout."""
+        done = subprocess.run(
+            [str(word) for word in command], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=550
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return done
+
+    def flags(self, output: Path, *more: str | Path, leave_out: str = "", **changed: Any) -> list[str]:
+        """Of a run of 4 steps by --preset 7b; `changed` replaces values, `leave_out` drops one flag."""
+        values: dict[str, Any] = {
+            "preset": "7b",
+            "base": self.base,
+            "clip": CLIP,
+            "clip_weights": self.clip,
+            "data": self.shards,
+            "output_dir": output,
+            "bf16": "false",
+            "global_batch": 4,
+            "max_steps": 4,
+            "lr": 5e-3,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "num_workers": 0,
+            "max_length": 320,
+        }
+        values |= changed
+        words = [str(word) for name, value in values.items() if name != leave_out for word in (f"--{name}", value)]
+        return words + [str(word) for word in more]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The files, the run of one process (ZeRO-2) and that of two ranks (ZeRO-3), four steps each."""
+    world = World(tmp_path_factory.mktemp("train"))
+    pack = ["--source", "mmud", "--mmud_root", MMUD, "--image_root", MMUD / "images", "--workers", "1"]
+    said = world.start(sys.executable, "pipeline/shard_mmud.py", *pack, "--out", world.shards).stdout
+    assert "train: 5 samples" in said
+    alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="False")
+    world.start(sys.executable, "pipeline/train.py", *alone, "--deepspeed", "ds_configs/z2.json")
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    ranks = world.flags(world.two, micro_batch=1)
+    world.start(*launcher, "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
+    return world
+
+
+@pytest.fixture(scope="module")
+def jobs(world: World) -> dict[str, dict[str, Any]]:
+    """What became of every other command, by name: code, out, err."""
+    # What a training writes meanwhile, an evaluation of an older checkpoint must leave alone.
+    shutil.copy(world.two / "metrics.jsonl", world.root / "before.jsonl")
+
+    def train(name: str, **changed: Any) -> dict[str, Any]:
+        return {"name": name, "script": "train.py", "args": world.flags(world.root / name.replace(" ", "_"), **changed)}
+
+    def evaluate(name: str, run: Path, *more: str | Path) -> dict[str, Any]:
+        args = ["--checkpoint", run, "--split", "valid", "--max_new_tokens", "8", *more]
+        return {"name": name, "script": "evaluate_mmud.py", "args": [str(word) for word in args]}
+
+    saved = world.one / "checkpoint-2"
+    unknown = train("unknown flag")
+    unknown["args"] += ["--global-bach", "8"]
+    plan = [
+        unknown,
+        train("no base", leave_out="base"),
+        train("missing data", data=world.root / "nowhere"),
+        train("missing base", base=world.root / "nowhere"),
+        train("missing deepspeed", deepspeed=world.root / "z9.json"),
+        train("odd batch", micro_batch=3),
+        train("other seed", resume=saved, seed=1),
+        train("other batch", resume=saved, global_batch=2),
+        train("other length", resume=saved, max_steps=6),
+        train("other base", resume=saved, base=world.other_base),
+        train("resumed", resume=saved, micro_batch=2, gradient_checkpointing="False", deepspeed="ds_configs/z2.json"),
+        train("moved", resume=world.two / "checkpoint-2", deepspeed="ds_configs/z1.json"),
+        train(
+            "released",
+            mechanism="released",
+            first_tuned_layer=1,
+            projections="qkv",
+            gradient_checkpointing="True",
+            bf16="true",
+            global_batch=2,
+            max_steps=2,
+            eval_steps=2,
+        ),
+        evaluate("no run", world.root / "nowhere"),
+        evaluate("wrong base", world.two, "--base", world.other_base),
+        evaluate("scores", world.two, "--condition", "all", "--report_dir", world.root / "scores"),
+        evaluate(
+            "forced", world.two / "checkpoint-2", "--protocol", "teacher-forced", "--report_dir", world.root / "forced"
+        ),
+        evaluate("scores released", world.root / "released", "--limit", "1"),
+    ]
+    (world.root / "plan.json").write_text(json.dumps(plan))
+    world.start(sys.executable, "tests/scripts_job.py", world.root / "plan.json", world.root / "facts.json")
+    return json.loads((world.root / "facts.json").read_text())
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """The figures of each step that depend on computation alone."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: v for name, v in line["metrics"].items() if name.startswith("loss") or name in ("grad_norm", "lr")}
+        for line in lines
+        if "loss" in line["metrics"]
+    ]
+
+
+def test_one_rank_and_two_compute_the_same(world: World) -> None:
+    one, two = losses(world.one), losses(world.two)
+    assert len(one) == 4
+    assert one[-1]["loss"] < 0.9 * one[0]["loss"]
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=ACROSS)
+    # All four tasks are among five samples and four steps.
+    assert {"loss/ce/reasoning", "loss/ce/referring", "loss/ce/caption", "loss/ce/generation"} <= set(one[-1])
+    assert {"loss/dice", "loss/mse"} <= set(one[-1])
+    assert (world.one / "DONE").exists()
+    assert read_state(world.two / "checkpoint-4")["world_size"] == 2
+
+
+def test_a_resume_goes_on_as_if_there_had_been_no_stop(world: World, jobs: Mapping[str, Any]) -> None:
+    assert jobs["resumed"]["code"] == 0, jobs["resumed"]["err"]
+    assert "Going on from" in jobs["resumed"]["out"]
+    assert losses(world.root / "resumed") == losses(world.one)[2:]
+    # From ZeRO-3 on two ranks to ZeRO-1 on one.
+    assert jobs["moved"]["code"] == 0, jobs["moved"]["err"]
+    for a, b in zip(losses(world.one)[2:], losses(world.root / "moved"), strict=True):
+        assert b == pytest.approx(a, rel=ACROSS)
+
+
+def test_a_finished_run_says_what_to_do_next(world: World, jobs: Mapping[str, Any]) -> None:
+    folder = world.root / "released"
+    assert f"python pipeline/evaluate_mmud.py --checkpoint {folder}" in jobs["released"]["out"].splitlines()[-1]
+
+
+def test_released_mechanism_trains_and_is_recorded(world: World, jobs: Mapping[str, Any]) -> None:
+    folder = world.root / "released"
+    assert jobs["released"]["code"] == 0, jobs["released"]["err"]
+    assert len(losses(folder)) == 2
+    assert '"valid/ce"' in (folder / "metrics.jsonl").read_text()
+    state = read_state(folder / "checkpoint-2")
+    model, train = state["config"]["ModelArguments"], state["config"]["TrainArguments"]
+    assert (model["mechanism"], model["projections"], model["alpha"]) == ("released", "qkv", 0.2)
+    assert (model["train_embeddings"], model["clip_head"], model["first_tuned_layer"]) == ("all", "mlp", 1)
+    assert train["gradient_checkpointing"] is True
+    assert state["deepspeed"]["bf16"]["enabled"] is True
+    assert state["base"]["path"] == str(world.base)
+    weights = load_file(folder / "checkpoint-2" / "trained.safetensors")
+    tuned = {name.split(".")[3] for name in weights if ".network." in name}
+    assert tuned == {"1", "2", "3"}
+    assert jobs["scores released"]["code"] == 0, jobs["scores released"]["err"]
+
+
+def test_checkpoint_of_two_ranks_holds_the_trained_part_alone(world: World) -> None:
+    folder = world.two / "checkpoint-4"
+    trained = open_checkpoint(str(world.two), {})
+    assert trained.folder == folder
+    assert verify(folder) == []
+    llm = parts.load_llm(trained.model, torch.float32)
+    tower = parts.load_vision(trained.model, torch.device("cpu"))
+    tuner = parts.make_tuner(trained.model, llm, tower, seed=0)
+    load_trained(tuner, folder)
+    weights = load_file(folder / "trained.safetensors")
+    assert set(weights) == set(tuner.trained_parameters())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in tuner.trained_parameters().items())
+    of_the_llm = {f"llm.model.layers.{i}.network.{name}" for i in range(LAYERS) for name in ("wz", "wb")}
+    of_the_llm |= {"llm.model.embed_tokens.rows", "llm.lm_head.rows"}
+    assert {name for name in weights if name.startswith("llm.")} == of_the_llm
+    assert all(weights[f"llm.model.layers.{i}.network.wb"].abs().max() > 0 for i in range(LAYERS))
+
+
+def test_evaluation_reports_every_score(world: World, jobs: Mapping[str, Any]) -> None:
+    assert jobs["scores"]["code"] == 0, jobs["scores"]["err"]
+    report = json.loads((world.root / "scores" / "report.json").read_text())
+    assert set(report) == {"tuned", "untuned", "shuffled", "run"} == {*CONDITIONS, "run"}
+    assert set(SCORES) == SCORE_NAMES
+    for condition in CONDITIONS:
+        assert set(report[condition]) == SCORE_NAMES
+        missing = {name for name, value in report[condition].items() if value is None}
+        # No VQGAN and prior: no pictures. Real captions: no closed list of object names.
+        nameless = {"caption_object_f1", "referring_object_accuracy", "reasoning_object_accuracy"}
+        assert missing == nameless | {"picture_text_r1_of_50", "picture_clip_cosine"}
+    run = report["run"]
+    assert {"samples", "seconds", "versions", "commit"} <= set(run)
+    assert run["samples"] == {"reasoning": 2, "referring": 2, "caption": 2, "generation": 2}
+    stages = {"load", "tune", "evaluate tuned", "evaluate untuned", "evaluate shuffled"}
+    assert stages <= set(run["seconds"])
+    assert "No --vqgan and --prior" in jobs["scores"]["out"]
+    for name in ("report.md", "contact_sheet.png", "predictions/tuned.jsonl", "predictions/shuffled.jsonl"):
+        assert (world.root / "scores" / name).stat().st_size > 0
+
+
+def test_teacher_forced_evaluation_scores_masks(world: World, jobs: Mapping[str, Any]) -> None:
+    assert jobs["forced"]["code"] == 0, jobs["forced"]["err"]
+    report = json.loads((world.root / "forced" / "report.json").read_text())
+    assert report["run"]["protocol"] == "teacher-forced"
+    assert report["untuned"]["referring_miou"] is None
+    assert report["tuned"]["referring_miou"] > 0
+    lines = [json.loads(line) for line in (world.root / "forced/predictions/tuned.jsonl").read_text().splitlines()]
+    masks = [mask for line in lines if line["task"] == "referring" for mask in line["masks"]]
+    assert masks and all(mask["size"] in [line["reference"]["size"] for line in lines] for mask in masks)
+
+
+def test_evaluation_leaves_the_training_record_alone(world: World, jobs: Mapping[str, Any]) -> None:
+    # "forced" scored checkpoint-2 of a run that had gone on to step 4.
+    before, after = (world.root / "before.jsonl").read_text(), (world.two / "metrics.jsonl").read_text()
+    assert after.startswith(before)
+    assert '"valid/tuned/referring_miou"' in after.removeprefix(before)
+
+    import mlflow
+
+    kept = json.loads((world.two / "mlflow.json").read_text())
+    client = mlflow.MlflowClient(kept["uri"])
+    assert [metric.step for metric in client.get_metric_history(kept["run_id"], "loss")] == [1, 2, 3, 4]
+    assert client.get_metric_history(kept["run_id"], "valid/tuned/referring_miou")
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("unknown flag", ["--global-bach", "global_batch"]),
+        ("no base", ["needs --base", "--preset mini needs nothing"]),
+        ("missing data", ["--data", "nowhere", "pipeline/shard_mmud.py"]),
+        ("missing base", ["--base", "nowhere", "config.json"]),
+        ("missing deepspeed", ["--deepspeed", "z9.json"]),
+        ("odd batch", ["global_batch 4", "--micro_batch 2 or 4"]),
+        ("other seed", ["another order of samples", "seed: 0 -> 1", "--resume never"]),
+        ("other batch", ["another order of samples", "global_batch: 4 -> 2", "--resume never"]),
+        ("other length", ["a run of 4 steps, this one has 6", "--max_steps"]),
+        ("other base", ["another base model"]),
+        ("no run", ["--checkpoint", "nowhere", "pipeline/train.py"]),
+        ("wrong base", ["--base", "is not the model", "checkpoint-4"]),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message(jobs: Mapping[str, Any], name: str, wanted: list[str]) -> None:
+    job = jobs[name]
+    assert job["code"] == 2
+    said = job["err"].strip()
+    assert all(text in said for text in wanted), said
+    assert "Traceback" not in job["out"] + said
+    script = "evaluate_mmud.py" if name in ("no run", "wrong base") else "train.py"
+    assert said.startswith(f"{script}: ")
+    # One message: at most the hint at --help stands below it.
+    assert len([line for line in said.splitlines() if line.strip()]) <= 2, said
+    assert "tuning" not in said
