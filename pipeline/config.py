@@ -53,7 +53,7 @@ class ModelArguments:
 
     preset: Literal["mini", "7b", "13b"] = flag("mini", "a set of values for the flags that are not given")
     config: str = flag("", "YAML file of `flag: value` lines, below the flags and above the preset")
-    base: str = flag("", "folder (or hub name) of the frozen Hugging Face causal LM")
+    base: str = flag("", "folder of the frozen Hugging Face causal LM")
     clip: str = flag("", "frozen CLIP: an open_clip model name, or local-dir:FOLDER")
     clip_weights: str = flag("", "weights file of the open_clip model; not needed for local-dir:")
     vqgan: str = flag("", "folder of the VQGAN that turns codes into pictures; only to look at generated pictures")
@@ -307,6 +307,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "z_dim": 64,
         "mask_upsample": 16,
         "lr": 2e-3,
+        "lr_mask": 5e-3,
         "global_batch": 32,
         "max_micro_batch": 16,
         "max_steps": 1500,

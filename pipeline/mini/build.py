@@ -44,7 +44,7 @@ class BuildSize:
     llm_steps: int = 3200
     clip_steps: int = 1400
     vqgan_steps: int = 1000
-    prior_steps: int = 800
+    prior_steps: int = 1700
     llm_pool: int = 40_000
     picture_pool: int = 24_000
     held_out: int = 400

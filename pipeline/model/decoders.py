@@ -107,7 +107,9 @@ class MaskDecoder(Resettable):
             projection_dim=hidden,
             reduce_dim=dim,
             extract_layers=list(range(layers)),
-            conditional_layer=0,
+            # The state conditions the sum of all taps: conditioned at the first one, as CLIPSeg does, it is drowned by
+            # those added later.
+            conditional_layer=layers - 1,
             use_complex_transposed_convolution=True,
             decoder_num_attention_heads=heads,
             decoder_intermediate_size=4 * dim,
@@ -115,12 +117,14 @@ class MaskDecoder(Resettable):
         # The decoder stands alone here, so nobody else chooses its attention; unset, transformers warns at every start.
         config.vision_config._attn_implementation = "sdpa"  # type: ignore[union-attr]
         self.grid, self.layers, self.mask_size = grid, layers, grid * (upsample // 4) ** 2
+        # CLIP's inner activations grow with depth and are far larger than the decoder's own.
+        self.norms = nn.ModuleList([CastLayerNorm(width) for _ in range(layers)])
         self.decoder = CLIPSegDecoder(config)
 
     def reset(self, name: str, seed: int) -> None:
-        """PyTorch's default rule, with FiLM's factor starting around 1 so that CLIP's features pass at once."""
+        """PyTorch's default rule. FiLM's factor starts around 0, not 1: features that pass whatever the state says make
+        the decoder settle on the mask of all objects at once, and it stays there."""
         reset_layers(self, name, seed)
-        write(self.decoder.film_mul.bias, 1.0)
 
     def forward(self, taps: tuple[Tensor, ...], states_MD: Tensor) -> Tensor:
         """Logits [M,S,S] of the taps ([M,1+N,C] each, CLS first, shallow to deep) and the states [M,D]."""
@@ -129,7 +133,8 @@ class MaskDecoder(Resettable):
         # A weight's dtype, never a buffer's: DeepSpeed's bf16 casts parameters alone. Under ZeRO-3 the dtype of a
         # weight that is not gathered is still right.
         dtype = self.decoder.film_mul.weight.dtype
-        return self.decoder(tuple(tap.to(dtype) for tap in taps), states_MD.to(dtype)).logits
+        normalised = tuple(norm(tap) for norm, tap in zip(self.norms, taps, strict=True))
+        return self.decoder(normalised, states_MD.to(dtype)).logits
 
 
 class ClipHead(Resettable):
