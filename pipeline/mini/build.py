@@ -201,7 +201,8 @@ Measured on scenes of the validation split, which shares no scene with the train
 
 - **LLM**: it never saw a picture, but it read the *text map* of scenes: 16 cells, each named by a coordinate word
   (`c00 _ c01 small-red-circle ...`), followed by captions, referring and reasoning dialogues in the prompts of
-  `pipeline/data/prompts.py`. Short lookup questions about the map ("What is at c05?") taught it to find things there. The mini preset puts the same coordinate words between the image tokens. So the LLM knows
+  `pipeline/data/prompts.py`. Short lookup questions about the map ("What is at c05?") taught it to find things there.
+  The mini preset puts the same coordinate words between the image tokens. So the LLM knows
   the mini world's language and what its questions mean; what tuning adds is sight, the task tokens and the decoders.
   Noise of {noise:.0%} of the embeddings' scale lay on the map words.
 - **CLIP**: beside the contrastive loss it was trained against captions with one attribute swapped (hard negatives), and
