@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
-from pipeline.scoring.report import CONDITIONS, SCORES, build_report, commit, format_table, versions, write_report
+from pipeline.scoring.report import CONDITIONS, SCORES, build_report, format_table, write_report
 
 # As the users' scripts read them.
 KEYS = {
@@ -75,10 +76,10 @@ def test_report_refusals() -> None:
 
 
 def test_facts_of_the_run(repo: Path, tmp_path: Path) -> None:
-    assert {"python", "torch", "numpy"} <= set(versions())
-    assert commit(tmp_path) is None
-    found = commit(repo)
-    assert found is None or len(found.removesuffix("-dirty")) == 40
+    assert {"python", "torch", "numpy"} <= set(package_versions())
+    assert git_state(tmp_path)["commit"] is None
+    found = git_state(repo)["commit"]
+    assert found is None or len(found) == 40
 
 
 def scene(rng: np.random.Generator, side: int = 64) -> tuple[np.ndarray, list[np.ndarray]]:

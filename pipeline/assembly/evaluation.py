@@ -19,10 +19,11 @@ from pipeline.model.initialise import initialise
 from pipeline.model.painter import Painter, Sampling
 from pipeline.runtime.checkpoint import find_latest, load_trained, read_state
 from pipeline.runtime.evaluator import Evaluator, Prediction
+from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.runtime.reporting import contact_sections, save_predictions
 from pipeline.runtime.tracking import Tracker
 from pipeline.scoring.contact_sheet import draw_sheet
-from pipeline.scoring.report import build_report, commit, format_table, versions, write_report
+from pipeline.scoring.report import build_report, format_table, write_report
 
 Kind = TypeVar("Kind")
 CONDITIONS_IN_ORDER = ("untuned", "tuned", "shuffled")
@@ -145,13 +146,14 @@ class Evaluation:
         )
         run_record = self.trained.folder.parent / "run.json"
         before = json.loads(run_record.read_text()).get("seconds", {}) if run_record.is_file() else {}
+        git = git_state(REPO)
         report = build_report(
             self.figures,
             {
                 "samples": self.evaluator.counts,
                 "seconds": {**before, **{stage: round(s, 1) for stage, s in self.seconds.items()}},
-                "versions": versions(),
-                "commit": commit(REPO),
+                "versions": package_versions(),
+                "commit": git["commit"] and git["commit"] + ("-dirty" if git["dirty"] else ""),
                 "checkpoint": str(self.trained.folder),
                 "split": self.args.split,
                 "protocol": self.evaluator.protocol,

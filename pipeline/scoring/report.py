@@ -14,11 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,28 +58,6 @@ SCORES = {
     "picture_clip_cosine": Score("picture generation", "CLIP cosine", 3, "mean CLIP cosine of picture and text"),
 }
 RUN_KEYS = ("samples", "seconds", "versions", "commit")
-PACKAGES = ("torch", "transformers", "deepspeed", "open_clip_torch", "webdataset", "taming-transformers", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on, without importing them."""
-    found = {"python": platform.python_version()}
-    for package in ("neural-tuning", *PACKAGES):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit(folder: str | Path) -> str | None:
-    """The git commit of `folder` with "-dirty" where tracked files are changed; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def _plain(value: Any, name: str) -> float | None:
