@@ -14,6 +14,9 @@ SEED   ?= 0
 # First on PATH, so that DeepSpeed finds the environment's ninja when it compiles its C++ op.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+# Threads wait without spinning: beside another busy program, spinning ones make the evaluation many times slower.
+export OMP_WAIT_POLICY ?= passive
+
 # All GPUs (the largest power of two of them, so that the global batch divides), or two ranks on the CPU.
 GPUS  := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 RANKS ?= $(shell n=$(GPUS); if [ "$$n" -ge 1 ]; then p=1; while [ $$((2*p)) -le "$$n" ]; do p=$$((2*p)); done; echo $$p; else echo 2; fi)

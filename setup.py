@@ -17,6 +17,7 @@ CORE = [
     "open_clip_torch>=3.2",
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",
+    "fsspec>=2024.2",  # shards behind URLs; s3:// wants s3fs besides, gs:// gcsfs
     "safetensors>=0.5",
     "pycocotools>=2.0.8",
     "scipy>=1.11",
@@ -38,6 +39,7 @@ EXTRAS = {
         *EVAL,
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
         "ruff>=0.12",
         "mypy>=1.15",
         "types-PyYAML",

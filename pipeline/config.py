@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from pipeline.data.tasks import TASKS
 from pipeline.mini.grammar import IMAGE_PREFIX
 from pipeline.runtime import command_line
-from pipeline.runtime.command_line import flag
+from pipeline.runtime.command_line import flag, numbers
 
 REPO = Path(__file__).resolve().parents[1]
 """Root of the checkout: the mini preset's paths stand on it, so that scripts run from any folder."""
-
-TASKS = ("reasoning", "referring", "caption", "generation")
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -127,7 +126,11 @@ class ModelArguments:
 class DataArguments:
     """The packed data set and what is made of each sample."""
 
-    data: str = flag("", "folder of packed shards (pipeline/shard_mmud.py makes it)")
+    data: str = flag(
+        "", "folder or URL of packed shards (pipeline/shard_mmud.py makes it); several with commas between"
+    )
+    data_weights: str = flag("", "share of each data set in every global batch, as in 2,1; empty: each sample once")
+    shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
     tasks: str = flag(",".join(TASKS), "tasks that are tuned together")
     task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
@@ -141,9 +144,8 @@ class DataArguments:
         _need(not unknown and bool(names) and _distinct(names), f"tasks must be some of {','.join(TASKS)}", self.tasks)
         _ = self.task_shares
         _need(0 <= self.max_bad_share <= 1, "max_bad_share must lie in 0..1", self.max_bad_share)
-        _need(self.num_workers >= 0, "num_workers must be at least 0", self.num_workers)
-        for name in ("referring_objects", "max_length"):
-            _need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name, least in (("num_workers", 0), ("shuffle_window", 0), ("referring_objects", 1), ("max_length", 1)):
+            _need(getattr(self, name) >= least, f"{name} must be at least {least}", getattr(self, name))
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -155,10 +157,7 @@ class DataArguments:
         """One share per task, in any unit."""
         if not self.task_mix:
             return (1.0,) * len(self.task_names)
-        try:
-            shares = tuple(float(part) for part in self.task_mix.split(","))
-        except ValueError:
-            shares = ()
+        shares = numbers(self.task_mix)
         _need(
             len(shares) == len(self.task_names) and min(shares) >= 0 and sum(shares) > 0,
             f"task_mix takes {len(self.task_names)} shares, one per task ({self.tasks})",
@@ -259,18 +258,29 @@ class EvalArguments:
     clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
     vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
     prior: str = flag("", "folder of the image prior, as in training when empty")
-    temperature: float = flag(0.7, "of the draw of picture codes; 0: the likeliest code")
+    candidates: int = flag(4, "pictures drawn for each text; the one nearest to the wanted CLIP embedding is kept")
+    temperature: float = flag(1.0, "of the draw of picture codes; 0: the likeliest code")
     top_k: int = flag(100, "picture codes drawn from the likeliest so many; 0: all")
     top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
+    summarise: str = flag("", "comma-separated folders of evaluated runs (seeds): only write their mean ± deviation")
+    title: str = flag("Mean over seeds", "heading of that table")
     seed: int = flag(0, "of the picture codes' draw and of the texts a picture is ranked among")
     num_workers: int = flag(0, "loader processes")
 
     def __post_init__(self) -> None:
-        for name in ("eval_batch", "max_new_tokens"):
+        for name in ("eval_batch", "max_new_tokens", "candidates"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("limit", "temperature", "top_k", "num_workers"):
             _need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         _need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+        _need(
+            not self.summarise or bool(self.report_dir), "--summarise needs --report_dir, its folder", self.report_dir
+        )
+
+    @property
+    def summarised_runs(self) -> list[Path]:
+        """The folders that `summarise` names."""
+        return [Path(part.strip()) for part in self.summarise.split(",") if part.strip()]
 
     @property
     def replaced(self) -> dict[str, str]:
@@ -306,8 +316,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta": 0.4,
         "z_dim": 64,
         "mask_upsample": 16,
-        "lr": 2e-3,
+        # Chosen on the validation split: docs/results/mini/preset.md.
+        "lr": 4e-3,
         "lr_mask": 5e-3,
+        "lambda_bce": 2.0,
         "global_batch": 32,
         "max_micro_batch": 16,
         "max_steps": 1500,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from pipeline.assembly import parts
@@ -20,14 +21,17 @@ from pipeline.assembly import training as assembly
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
-from pipeline.runtime.ranks import Ranks, detect
+from pipeline.runtime.ranks import Ranks, detect, tell_failure
 from pipeline.runtime.stopping import DONE
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
 
 def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> str:
-    """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE)."""
+    """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE).
+
+    The process group must have been started.
+    """
     began = time.perf_counter()
     plan = assembly.plan_run(model, data, train, ranks)
     resume = find_resume(train.resume, train.output_dir)
@@ -41,7 +45,6 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     if ranks.is_main:
         print(plan.describe(resume))
 
-    runtime.start(ranks)
     tuner = assembly.prepare_tuner(model, train, vision, ranks)
     groups = tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates)
     engine = runtime.Engine(tuner, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
@@ -93,17 +96,20 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
 
 
 def main() -> int:
-    """Parse, run, close; what a user can mend is one message on rank 0."""
+    """Parse, run, close; an error is told once, by the first rank that it meets; what a user can mend is one line."""
     model, data, train = parse(ModelArguments, DataArguments, TrainArguments, description=__doc__)
     ranks = None
     try:
         ranks = detect()
+        runtime.start(ranks)
         run(model, data, train, ranks)
         return 0
     except (ValueError, FloatingPointError) as error:
-        if ranks is None or ranks.is_main:
-            print(f"train.py: error: {error}", file=sys.stderr)
+        tell_failure(f"train.py: error: {error}")
         return 2
+    except Exception:
+        tell_failure(traceback.format_exc())
+        return 1
     except KeyboardInterrupt:
         if ranks is None or ranks.is_main:
             print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)

@@ -7,6 +7,7 @@ are fixtures because `tests` cannot be a package: torch_fidelity installs one of
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -74,3 +75,21 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The train split of tests/data/mmud, packed; not to be changed."""
+    from pipeline.data.mmud import MmudSource
+    from pipeline.data.writer import pack
+
+    root = Path(__file__).parent / "data" / "mmud"
+    out = tmp_path_factory.mktemp("packed")
+    pack(MmudSource(root, root / "images"), "train", out, progress=False)
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """A copy of `packed` to be damaged."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))

@@ -1,13 +1,15 @@
 """Runs scripts one after another in one process, for tests: `python tests/scripts_job.py JOBS.json OUT.json`.
 
 A start costs seconds of imports, which this pays once. DeepSpeed cannot start a second process group in a process, so
-the first one stays until the end. JOBS: [{"name", "script", "args"}]; a script runs as
+the first one stays until the end. JOBS: [{"name", "script", "args"}] with "env", if wanted, which
+also has the path of the sparse kernels logged; a script runs as
 `python pipeline/<script> args` would, in one process. OUT: {name: {"code", "out", "err"}}.
 """
 
 import contextlib
 import io
 import json
+import logging
 import os
 import runpy
 import sys
@@ -21,14 +23,18 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run(script: str, args: list[str]) -> dict[str, Any]:
+def run(script: str, args: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Exit code, stdout and stderr of one script."""
+    os.environ.update(env)
     for name in LAUNCHER:
         os.environ.pop(name, None)
     sys.argv = [str(PIPELINE / script), *args]
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if env:
+            logging.basicConfig(stream=err, format="%(message)s", force=True)
+            logging.getLogger("sparse_kernels").setLevel(logging.INFO)
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as ended:
@@ -48,7 +54,7 @@ def main() -> None:
     done: dict[str, Any] = {}
     end, dist.destroy_process_group = dist.destroy_process_group, lambda group=None: None
     for job in jobs:
-        done[job["name"]] = run(job["script"], job["args"])
+        done[job["name"]] = run(job["script"], job["args"], job.get("env", {}))
         target.write_text(json.dumps(done, indent=1))
     if dist.is_initialized():
         end()

@@ -40,7 +40,7 @@ def test_bare_command_is_the_mini_preset() -> None:
     assert (model.alpha, model.z_dim, model.activation, model.image_cls) == (0.5, 64, "hard", False)
     assert model.image_prefix.split()[:2] == ["c00", "<image>"]
     assert model.image_prefix.count("<image>") == 16
-    assert (train.global_batch, train.lr, Path(data.data).name) == (32, 2e-3, "mini")
+    assert (train.global_batch, train.lr, Path(data.data).name) == (32, 4e-3, "mini")
     assert train.deepspeed_file().exists()
 
 
@@ -91,6 +91,16 @@ def test_what_a_preset_leaves_open_is_named(capsys: pytest.CaptureFixture[str]) 
 )
 def test_mistakes_end_with_one_clear_line(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert words in failure(capsys, *argv)
+
+
+@pytest.mark.parametrize("launcher", ["RANK", "SLURM_PROCID"])
+def test_one_rank_tells_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv(launcher, rank)
+        assert bool(failure(capsys, "--alph", "0.1")) == told
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,9 @@ class Colours:
 
     image_size, mean, std = SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
+    def parameters(self):
+        yield torch.zeros(1)
+
     def __call__(self, pixels: torch.Tensor) -> VisionFeatures:
         none = torch.zeros(len(pixels), 1, 1)
         return VisionFeatures(tokens=none, taps=(), embedding=pixels.mean(dim=(2, 3)))
@@ -209,3 +212,9 @@ def test_an_unknown_protocol_is_refused() -> None:
             max_new_tokens=1,
             protocol="greedy",
         )
+
+
+def test_shuffled_takes_over_the_pictures_that_were_drawn_from_text() -> None:
+    scorer = evaluator(("generation",), painter=SimpleNamespace())
+    scorer._drawn = pictures(3)
+    assert scorer.predict("shuffled") == scorer._drawn

@@ -106,13 +106,12 @@ def test_the_foundations_can_be_made_again(tmp_path):
 
 def test_the_stored_foundations_are_small_and_what_their_card_says():
     folder = foundation_folder()
-    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 20 * 2**20
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 20_000_000
     records = {stage: json.loads((folder / stage / "gate.json").read_text())["figures"] for stage in GATES}
     card = (folder / "README.md").read_text()
     for stage, figures in records.items():
         for name, value in figures.items():
             assert f"| {stage} | {name} | {value:.3f} |" in card
-    missed = {line.split(":")[0] for line in failed_gates(records)}
-    assert not missed & {"llm", "clip", "vqgan"}
+    assert not failed_gates(records)
     measured = judge(folder, ("llm",), 50, seed=0)["llm"]
     assert measured["caption_object_f1"] >= GATES["llm"]["caption_object_f1"]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline.data import rle
-from pipeline.data.mmud import MmudSource, find_image
-from pipeline.data.mmud_rows import RowError, parse_dialogue, to_sample
+from pipeline.data.files import find_image
+from pipeline.data.mmud import MmudSource
+from pipeline.data.mmud_rows import parse_dialogue, to_sample
+from pipeline.data.objects import RowError
 from pipeline.data.schema import Rejected, Sample
 
 
@@ -130,7 +132,7 @@ def test_numpy_values_in_a_row_are_read(row, picture):
         (2, "no dialogue", "question unreadable"),
         (2, "##Question: a? ##Answer <SEP>b <LCL-2>.", "tag without object"),
         (2, "##Question: a? ##Answer <SEP>b <LCL-0>.", "tag without object"),
-        (3, [], "row malformed"),
+        (3, [], "fields of different lengths"),
         (3, [[" "]], "row malformed"),
         (3, "dog", "row malformed"),
         (4, [[]], "mask empty"),
@@ -144,7 +146,7 @@ def test_numpy_values_in_a_row_are_read(row, picture):
         (4, [[{"size": [-1, 427], "counts": b"0"}]], "mask unreadable"),
         (4, [[{"counts": b"0"}]], "mask unreadable"),
         (4, [["text"]], "mask unreadable"),
-        (9, ["a", "b"], "row malformed"),
+        (9, ["a", "b"], "fields of different lengths"),
     ],
 )
 def test_a_spoilt_row_is_left_out_by_name(row, picture, place, value, reason):

@@ -11,7 +11,7 @@ from pipeline.data.order import SampleOrder, keyed_rng, rank_slice
 
 TASKS = ("reasoning", "referring", "caption", "generation")
 EVEN = (1.0, 1.0, 1.0, 1.0)
-EXPECTED = [(0, 0, 'caption'), (4, 0, 'referring'), (6, 1, 'reasoning'), (7, 1, 'generation')]
+EXPECTED = [(0, 0, "caption"), (4, 0, "referring"), (6, 1, "reasoning"), (7, 1, "generation")]
 EXPECTED_DRAWS = [182, 813, 58, 920]
 
 
@@ -58,7 +58,7 @@ def test_ranks_share_the_same_global_batch():
 def test_task_shares_are_exact(batch, mix):
     order = SampleOrder(1000, 0, batch, TASKS, mix)
     total: Counter[str] = Counter()
-    for step in range(order._period):
+    for step in range(order._task_shares.period):
         counts = Counter(item.task for item in order.items(step))
         total += counts
         for task, share in zip(TASKS, mix):
@@ -66,7 +66,7 @@ def test_task_shares_are_exact(batch, mix):
             assert np.floor(exact) <= counts[task] + 1e-9
             assert counts[task] <= np.ceil(exact - 1e-9)
     for task, share in zip(TASKS, mix):
-        assert total[task] == pytest.approx(order._period * batch * share / sum(mix))
+        assert total[task] == pytest.approx(order._task_shares.period * batch * share / sum(mix))
 
 
 def test_tasks_are_shuffled_within_a_batch():

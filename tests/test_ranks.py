@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from pipeline.runtime.ranks import Ranks, detect, first_host
+from pipeline.runtime.ranks import Ranks, detect, first_host, tell_failure
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +75,32 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     ranks.agree(None)
     with pytest.raises(RuntimeError, match="rank 0: OSError: disk full"):
         ranks.agree(OSError("disk full"))
+
+
+def test_the_first_rank_to_fail_tells_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Gone:
+        def add(self, *_: object) -> int:
+            raise dist.DistNetworkError("reset by peer")
+
+    store: Any = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def said_by(rank: int) -> str:
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        tell_failure(f"rank {rank}: no such folder")
+        return capsys.readouterr().err
+
+    assert said_by(2) == "rank 2: no such folder\n"
+    assert said_by(1) == ""
+    assert said_by(0) == ""
+    # Rank 0 has ended, and the store with it.
+    store = Gone()
+    assert said_by(1) == ""
+
+
+def test_a_rank_alone_tells_every_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        tell_failure("no such folder")
+        assert capsys.readouterr().err == "no such folder\n"

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
 from pipeline.scoring.report import CONDITIONS, SCORES, build_report, format_table, write_report
+from pipeline.scoring.seeds import summarise, write_summary
 
 # As the users' scripts read them.
 KEYS = {
@@ -172,3 +173,32 @@ def test_wrap_cuts_with_an_ellipsis() -> None:
     assert lines[-1][-1].endswith("…")
     (broken,) = wrap("q" * 400, size=13, width=60, most=1)
     assert _word_width(broken[0], 13) <= 60
+
+
+def test_summary_over_seeds(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.5, 0.7, 0.9)):
+        run = RUN | {"seed": seed, "checkpoint": "runs/x/checkpoint-9", "samples": {"caption": 4}, "split": "test"}
+        scores = {"tuned": dict.fromkeys(KEYS, value), "untuned": {"caption_cider": value} if seed else {}}
+        write_report(build_report(scores, run), tmp_path / str(seed))
+    text = write_summary([tmp_path / str(seed) for seed in range(3)], tmp_path / "out", "Three seeds")
+    assert "| referring segmentation | mIoU | 0.700 ± 0.200 | – | – |" in text
+    assert (tmp_path / "out/summary.md").read_text() == text
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["tuned"]["caption_cider"] == {
+        "mean": pytest.approx(0.7),
+        "std": pytest.approx(0.2),
+        "values": [0.5, 0.7, 0.9],
+    }
+    assert summary["untuned"]["caption_cider"]["mean"] is None, "one run lacks it"
+    assert [run["seed"] for run in summary["runs"]] == [0, 1, 2]
+
+
+def test_a_summary_compares_like_with_like(tmp_path: Path) -> None:
+    one, other = example(), example()
+    with pytest.raises(ValueError, match="at least two reports, found 1"):
+        summarise([one])
+    other["run"] = {**other["run"], "samples": 499}
+    with pytest.raises(ValueError, match="differ in samples: 499, 500"):
+        summarise([one, other])
+    with pytest.raises(ValueError, match="evaluate that run first"):
+        write_summary([tmp_path / "none"], tmp_path, "x")

@@ -1,10 +1,18 @@
-"""The sparse vector against its equations, written out by hand in NumPy: values, ties, thresholds, gradients."""
+"""The reference of the sparse vector against its equations, written out by hand in NumPy: values, ties, gradients.
+
+The Triton kernels are compared with the reference in test_sparse_kernels.py.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-from sparse_kernels import sparse_vector
+from sparse_kernels import reference, sparse_vector
+
+
+@pytest.fixture(autouse=True)
+def on_the_reference(monkeypatch):
+    monkeypatch.setenv("SPARSE_KERNELS", "reference")
 
 
 def by_hand(h, wz, z_prev, alpha, n, activation, norm_weight=None, eps=1e-6):
@@ -44,8 +52,8 @@ def test_equals_the_equations(activation, norm, n):
             norm_weight=None if weight is None else torch.tensor(weight),
         )
         for mine, theirs in zip(got, want, strict=True):
-            assert mine.dtype == torch.float32
-            np.testing.assert_allclose(mine.numpy(), theirs, rtol=2e-5, atol=2e-6)
+            assert mine.dtype == torch.float64
+            np.testing.assert_allclose(mine.numpy(), theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_ties_at_the_threshold_are_kept():
@@ -84,6 +92,38 @@ def test_gradient_of_shifted_flows_through_the_threshold_too():
     assert torch.allclose(grad, 0.5 * want, atol=1e-6)
 
 
+def test_of_equal_thresholds_the_first_carries_the_gradient():
+    zu = torch.tensor([[2.0, 0.0, 0.0, 5.0]], requires_grad=True)
+    _, za = sparse_vector(zu, torch.eye(4), None, alpha=0.5, n_active=2, activation="shifted")
+    (grad,) = torch.autograd.grad(za.sum(), zu)
+    assert za.tolist() == [[2.0, 0.0, 0.0, 5.0]] and grad.tolist() == [[1.0, -2.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("activation", ["hard", "shifted"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradcheck(activation, norm):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 5), (7, 5), (3, 7), (7,)][: 4 if norm else 3]
+    operands = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in sizes]
+
+    def run(h, wz, z_prev, norm_weight=None):
+        return reference.sparse_vector(
+            h, wz, z_prev, alpha=0.7, n_active=3, activation=activation, norm_weight=norm_weight
+        )
+
+    assert torch.autograd.gradcheck(run, operands)
+
+
+@pytest.mark.parametrize("activation", ["hard", "shifted"])
+def test_n_active_may_be_a_tensor_and_is_clamped(activation):
+    h, wz, z_prev = torch.randn(6, 5), torch.randn(9, 5), torch.randn(6, 9)
+    for n in (-3, 0, 1, 4, 8, 9, 12):
+        in_memory = torch.tensor(n, dtype=torch.int32)
+        got = sparse_vector(h, wz, z_prev, alpha=0.5, n_active=in_memory, activation=activation)
+        want = sparse_vector(h, wz, z_prev, alpha=0.5, n_active=min(max(n, 1), 9), activation=activation)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_bad_arguments_are_named(monkeypatch):
     h, wz = torch.randn(2, 5), torch.randn(8, 5)
     for n in (0, 9):
@@ -91,6 +131,12 @@ def test_bad_arguments_are_named(monkeypatch):
             sparse_vector(h, wz, None, alpha=0.9, n_active=n)
     with pytest.raises(ValueError, match="activation"):
         sparse_vector(h, wz, None, alpha=0.9, n_active=2, activation="soft")
+    for more in ({"z_prev": torch.zeros(2, 7)}, {"norm_weight": torch.zeros(7)}, {"wz": torch.zeros(8, 4)}):
+        arguments = {"h": h, "wz": wz, "z_prev": None, **more}
+        with pytest.raises(ValueError, match=next(iter(more))):
+            sparse_vector(**arguments, alpha=0.9, n_active=2)
+    with pytest.raises(ValueError, match="one int32"):
+        sparse_vector(h, wz, None, alpha=0.9, n_active=torch.tensor(2))
     monkeypatch.setenv("SPARSE_KERNELS", "cuda")
     with pytest.raises(ValueError, match="SPARSE_KERNELS"):
         sparse_vector(h, wz, None, alpha=0.9, n_active=2)

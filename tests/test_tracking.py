@@ -119,6 +119,33 @@ def test_a_server_that_fails_in_between_gets_the_rest_later(tmp_path: Path, monk
     assert "answer lost" in said[0]
 
 
+def test_an_evaluation_leaves_the_runs_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    def evaluate(value: float) -> Any:
+        guest = tracker(tmp_path, resume_step=None)
+        guest.log_metrics(4, {"test/score": value})
+        guest.close(seconds=240)
+        assert guest.unsent == 0
+        return mlflow.MlflowClient(guest.uri).get_run(guest.run_id)
+
+    preempted = tracker(tmp_path)
+    preempted.log_metrics(4, {"loss": 0.5})
+    preempted.close("KILLED", seconds=240)
+    before = mlflow.MlflowClient(preempted.uri).get_run(preempted.run_id).info
+    found = evaluate(0.25)
+    assert found.data.metrics == {"loss": 0.5, "test/score": 0.25}
+    assert (found.info.status, found.info.end_time) == ("KILLED", before.end_time)
+
+    # A run that trains at this moment goes on training.
+    mlflow.MlflowClient(preempted.uri).update_run(preempted.run_id, status="RUNNING")
+    assert evaluate(0.5).info.status == "RUNNING"
+
+    # Another store, without the run: the one that the evaluation makes there is its own to end.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    assert evaluate(0.75).info.status == "FINISHED"
+
+
 def test_other_ranks_do_nothing(tmp_path: Path) -> None:
     quiet = Tracker(tmp_path / "none", experiment="test", run_name="toy", enabled=False)
     quiet.log_metrics(1, {"loss": 1.0})

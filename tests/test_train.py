@@ -24,6 +24,8 @@ from tiny_run import CLIP, LAYERS, MMUD, REPO, clip_file, llama
 
 from pipeline.assembly import parts
 from pipeline.assembly.evaluation import open_checkpoint
+from pipeline.assembly.training import with_absolute_paths
+from pipeline.config import DataArguments, ModelArguments, to_dict
 from pipeline.runtime.checkpoint import load_trained, read_state, verify
 from pipeline.runtime.ranks import free_port
 from pipeline.scoring.report import CONDITIONS, SCORES
@@ -54,12 +56,12 @@ class World:
             "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}",
         }
 
-    def start(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """A command that must succeed, run in the checkout."""
+    def start(self, *command: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command that must succeed, or with `ok` False fail, run in the checkout."""
         done = subprocess.run(
             [str(word) for word in command], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=550
         )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
         return done
 
     def flags(self, output: Path, *more: str | Path, leave_out: str = "", **changed: Any) -> list[str]:
@@ -94,10 +96,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     assert "train: 5 samples" in said
     alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="False")
     world.start(sys.executable, "pipeline/train.py", *alone, "--deepspeed", "ds_configs/z2.json")
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     ranks = world.flags(world.two, micro_batch=1)
-    world.start(*launcher, "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
+    world.start(*launcher(), "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
     return world
+
+
+def launcher() -> list[str | Path]:
+    """deepspeed with two ranks."""
+    return [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+
+
+def without_valid(world: World) -> Path:
+    """The packed data set, less the validation split."""
+    folder = shutil.copytree(world.shards, world.root / "without_valid")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["valid"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +138,9 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         train("missing base", base=world.root / "nowhere"),
         train("missing deepspeed", deepspeed=world.root / "z9.json"),
         train("odd batch", micro_batch=3),
+        # No CLIP either: what is said first shows that no model was loaded before.
+        train("small valid", eval_steps=2, clip_weights=world.root / "nowhere"),
+        train("no valid", eval_steps=2, data=without_valid(world), clip_weights=world.root / "nowhere"),
         train("other seed", resume=saved, seed=1),
         train("other batch", resume=saved, global_batch=2),
         train("other length", resume=saved, max_steps=6),
@@ -139,6 +157,10 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
             global_batch=2,
             max_steps=2,
             eval_steps=2,
+            # As they are typed in the folder where the job runs.
+            base=os.path.relpath(world.base, REPO),
+            clip_weights=os.path.relpath(world.clip, REPO),
+            data=os.path.relpath(world.shards, REPO),
         ),
         evaluate("no run", world.root / "nowhere"),
         evaluate("wrong base", world.two, "--base", world.other_base),
@@ -202,11 +224,27 @@ def test_released_mechanism_trains_and_is_recorded(world: World, jobs: Mapping[s
     assert (model["train_embeddings"], model["clip_head"], model["first_tuned_layer"]) == ("all", "mlp", 1)
     assert train["gradient_checkpointing"] is True
     assert state["deepspeed"]["bf16"]["enabled"] is True
-    assert state["base"]["path"] == str(world.base)
+    # Absolute, so that the checkpoint can be scored from any folder.
+    assert state["base"]["path"] == model["base"] == str(world.base)
+    assert model["clip_weights"] == str(world.clip)
+    assert state["config"]["DataArguments"]["data"] == str(world.shards)
+    assert json.loads((folder / "run.json").read_text())["config"] == state["config"]
     weights = load_file(folder / "checkpoint-2" / "trained.safetensors")
     tuned = {name.split(".")[3] for name in weights if ".network." in name}
     assert tuned == {"1", "2", "3"}
     assert jobs["scores released"]["code"] == 0, jobs["scores released"]["err"]
+
+
+def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ModelArguments(base="llm", clip="local-dir:../clip", prior=str(tmp_path / "prior"))
+    found = with_absolute_paths(to_dict(model, DataArguments(data="shards")))
+    assert found["DataArguments"]["data"] == str(tmp_path / "shards")
+    changed = {name: v for name, v in found["ModelArguments"].items() if v != getattr(model, name)}
+    assert changed == {"base": str(tmp_path / "llm"), "clip": f"local-dir:{tmp_path.parent / 'clip'}"}
+    # The name of a model is no path.
+    named = with_absolute_paths(to_dict(ModelArguments(clip="ViT-L-14-quickgelu")))
+    assert named["ModelArguments"]["clip"] == "ViT-L-14-quickgelu"
 
 
 def test_checkpoint_of_two_ranks_holds_the_trained_part_alone(world: World) -> None:
@@ -281,6 +319,8 @@ def test_evaluation_leaves_the_training_record_alone(world: World, jobs: Mapping
         ("missing data", ["--data", "nowhere", "pipeline/shard_mmud.py"]),
         ("missing base", ["--base", "nowhere", "config.json"]),
         ("missing deepspeed", ["--deepspeed", "z9.json"]),
+        ("small valid", ["--eval_steps 2", "/shards has 2 samples", "--global_batch 4", "leave out --eval_steps"]),
+        ("no valid", ["--eval_steps 2", "/without_valid", "'valid'", "it has: test, train", "pipeline/shard_mmud.py"]),
         ("odd batch", ["global_batch 4", "--micro_batch 2 or 4"]),
         ("other seed", ["another order of samples", "seed: 0 -> 1", "--resume never"]),
         ("other batch", ["another order of samples", "global_batch: 4 -> 2", "--resume never"]),
@@ -301,3 +341,18 @@ def test_what_a_user_can_mend_is_one_message(jobs: Mapping[str, Any], name: str,
     # One message: at most the hint at --help stands below it.
     assert len([line for line in said.splitlines() if line.strip()]) <= 2, said
     assert "tuning" not in said
+
+
+def test_what_one_rank_alone_meets_is_one_message(world: World) -> None:
+    """A folder that is missing on the node of rank 1: rank 0 goes on until the first collective call."""
+    script = world.root / "rank_1.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--base') + 1] = '/nowhere'\n"
+        f"sys.path[0] = {str(REPO / 'pipeline')!r}\n"
+        "runpy.run_path(sys.path[0] + '/train.py', run_name='__main__')\n"
+    )
+    done = world.start(*launcher(), script, *world.flags(world.root / "one_rank", micro_batch=1), ok=False)
+    assert done.stderr.count("train.py: error: --base /nowhere is no folder") == 1
+    assert "Traceback" not in done.stdout + done.stderr

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
+import re
 import runpy
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ import numpy as np
 import pytest
 
 from pipeline.data import rle
-from pipeline.data.mmud import MmudSource
 from pipeline.data.reader import ShardDataset, verify
 from pipeline.data.schema import ObjectRecord, Rejected, Sample
 from pipeline.data.writer import pack
@@ -170,11 +165,13 @@ def test_impossible_arguments_are_refused(tmp_path, picture, more, message):
         pack(Fake(picture), "dev", tmp_path)
 
 
-def run_main(monkeypatch, *arguments: object) -> None:
-    """The script in this process: starting Python anew costs seconds each time."""
+def run_main(monkeypatch, *arguments: object) -> int:
+    """The script's exit code, in this process: starting Python anew costs seconds each time."""
     script = Path(__file__).resolve().parents[1] / "pipeline" / "shard_mmud.py"
     monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    return ended.value.code
 
 
 def test_the_command_packs_says_so_and_verifies(tmp_path, repo, data_dir, run_python, monkeypatch, capsys):
@@ -184,58 +181,47 @@ def test_the_command_packs_says_so_and_verifies(tmp_path, repo, data_dir, run_py
     assert done.returncode == 0, done.stderr
     assert "train: 5 samples in 1 shards" in done.stdout
     assert "valid: 2 samples" in done.stdout
-    run_main(monkeypatch, *flags)
+    assert run_main(monkeypatch, *flags) == 0
     assert "Nothing to do" in capsys.readouterr().out
-    run_main(monkeypatch, "--out", out, "--verify")
+    assert run_main(monkeypatch, "--out", out, "--verify") == 0
     assert "train: 5 samples read again, all whole." in capsys.readouterr().out
     data = bytearray((out / "train-000000.tar").read_bytes())
     data[5000] ^= 1
     (out / "train-000000.tar").write_bytes(data)
-    with pytest.raises(SystemExit, match=r"^error: .*train-000000\.tar: its sha256 is not the one"):
-        run_main(monkeypatch, "--out", out, "--verify")
+    assert run_main(monkeypatch, "--out", out, "--verify") == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"shard_mmud\.py: error: .*train-000000\.tar: its sha256 is not the one.*\n", said)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--source", "mmud"], "needs --mmud_root .* and --image_root"),
-        (["--mmud_root", "x"], "go with --source mmud"),
+        (["--mmud_root", "x"], "--mmud_root goes with --source mmud: add it"),
         (["--source", "mmud", "--mmud_root", "none", "--image_root", "none"], "--mmud_root none is no folder"),
         (["--mini_train", "2", "--splits", "dev"], "--splits names dev, but there are only: train, valid, test"),
         (["--verify"], "manifest.json is missing: pack the data set"),
+        (["--sources", "mmud"], "no setting `--sources`; did you mean `--source`"),
+        (["--source", "coco"], "needs --coco_root .* and --image_root"),
+        (["--source", "lvis"], "invalid choice: 'lvis'"),
+        (
+            ["--source", "coco", "--coco_root", "a", "--image_root", "b", "--refcoco_by", "unc"],
+            "goes with --source refcoco",
+        ),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, flags, message):
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        run_main(monkeypatch, "--out", tmp_path, *flags)
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, flags, message):
+    assert run_main(monkeypatch, "--out", tmp_path, *flags) == 2
+    assert re.fullmatch(
+        rf"shard_mmud\.py: (error: )?.*{message}.*\n(\(--help lists all flags\)\n)?", capsys.readouterr().err
+    )
 
 
-def test_a_killed_packing_leaves_no_worker_and_resumes(tmp_path, repo, data_dir):
-    """SIGKILL at any moment; the second run finishes with the bytes of an undisturbed one."""
-    root = tmp_path / "mmud"
-    root.mkdir()
-    rows = pickle.loads((data_dir / "mmud" / "train.pkl").read_bytes()) * 40
-    (root / "train.pkl").write_bytes(pickle.dumps(rows))
-    images = data_dir / "mmud" / "images"
-    out = tmp_path / "out"
-    program = [
-        sys.executable, repo / "pipeline" / "shard_mmud.py", "--source", "mmud", "--mmud_root", root,
-        "--image_root", images, "--out", out, "--workers", "2", "--samples_per_shard", "10",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(repo)}
-    process = subprocess.Popen(list(map(str, program)), env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("*.index.json")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    time.sleep(1.0)
-    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    time.sleep(0.5)
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == finished
-    result = pack(MmudSource(root, images), "train", out, samples_per_shard=10, progress=False)
-    assert result.samples == 200
-    assert 0 < result.remade < 20
-    pack(MmudSource(root, images), "train", tmp_path / "whole", samples_per_shard=10, progress=False)
-    assert hashes(out) == hashes(tmp_path / "whole")
+def test_the_command_explains_its_flags(monkeypatch, capsys):
+    assert run_main(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    # The docstring's commands stand on lines of their own, to be copied.
+    assert "\n    python pipeline/shard_mmud.py --out shards/mmud --verify\n" in said
+    assert "{mini,mmud,refcoco,coco}" in said
+    assert "(default: 1000)" in said
+    assert "(default: )" not in said

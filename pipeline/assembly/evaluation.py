@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -23,6 +24,7 @@ from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.runtime.reporting import contact_sections, save_predictions
 from pipeline.runtime.tracking import Tracker
 from pipeline.scoring.contact_sheet import draw_sheet
+from pipeline.scoring.pictures import embed_pictures
 from pipeline.scoring.report import build_report, format_table, write_report
 
 Kind = TypeVar("Kind")
@@ -87,8 +89,11 @@ class Evaluation:
         vision = parts.load_vision(trained.model, device)
         painter = None
         if trained.model.prior and trained.model.vqgan:
-            sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-            painter = Painter.load(trained.model.prior, trained.model.vqgan, vision.embed_dim, sampling, device)
+            sampling = Sampling(
+                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, candidates=args.candidates
+            )
+            folders, embed = (trained.model.prior, trained.model.vqgan), partial(embed_pictures, vision)
+            painter = Painter.load(*folders, embed, vision.embed_dim, sampling, device)
         else:
             print("No --vqgan and --prior: pictures are neither drawn nor scored.")
         self.seed = int(trained.state["config"]["TrainArguments"]["seed"])

@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.config import DataArguments, ModelArguments
 from pipeline.data import prompts
 from pipeline.data.collate import Collator
-from pipeline.data.reader import ShardDataset
+from pipeline.data.mixture import MixedDataset, open_data
+from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
@@ -80,12 +81,10 @@ def mask_size(model: ModelArguments, tower: VisionTower) -> int:
     return tower.grid * ((model.mask_upsample or tower.patch_size) // 4) ** 2
 
 
-def open_split(folder: str, split: str) -> ShardDataset:
-    """One split of a packed data set. Raises ValueError with the packing command when it is not there."""
-    try:
-        return ShardDataset(Path(folder), split)
-    except ValueError as error:
-        raise ValueError(f"--data {folder}: {error}") from error
+def open_split(data: str, split: str) -> MixedDataset:
+    """One split of the packed data sets that `--data` names. Raises ValueError with the packing command if one lacks
+    it."""
+    return open_data(data, split)
 
 
 def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
@@ -140,6 +139,7 @@ def make_tuner(
         ),
         clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
+        tasks=tuple(TASKS),
     )
     if gradient_checkpointing:
         enable_checkpointing(llm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments,
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Collator
 from pipeline.data.loader import build_loader
+from pipeline.data.mixture import MixedDataset, absolute_folders, make_order, weights_of
 from pipeline.data.order import SampleOrder
-from pipeline.data.reader import ShardDataset
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
 from pipeline.mini.source import MiniSource
@@ -34,6 +35,8 @@ from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.validation import ValidationLoss
 
 MINI_SHARDS = REPO / "shards" / "mini"
+_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir")
+_LOCAL_CLIP = "local-dir:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class RunPlan:
     data: DataArguments
     train: TrainArguments
     ranks: Ranks
-    dataset: ShardDataset
+    dataset: MixedDataset
+    valid: MixedDataset | None
     order: SampleOrder
     batch: BatchPlan
     optimizer: OptimizerSettings
@@ -64,12 +68,17 @@ class RunPlan:
     @property
     def reader(self) -> dict[str, Any]:
         """What the order of samples depends on; a resumed run must have the same."""
+        order = self.order
+        # Named only where they play a part, so that checkpoints from before they existed can still be resumed.
+        more: dict[str, Any] = {"weights": list(order.weights)} if order.weights else {}
+        more |= {"shuffle_window": order.window} if order.window else {}
         return {
             "digest": self.dataset.digest,
-            "seed": self.order.seed,
-            "global_batch": self.order.global_batch,
-            "tasks": list(self.order.tasks),
-            "task_mix": list(self.order.task_mix),
+            "seed": order.seed,
+            "global_batch": order.global_batch,
+            "tasks": list(order.tasks),
+            "task_mix": list(order.task_mix),
+            **more,
         }
 
     def describe(self, resume: Path | None) -> str:
@@ -117,9 +126,9 @@ class RunPlan:
         return (batches for _, batches in loader)
 
     def validation(self, collator: Collator, engine: Engine, vision: VisionTower) -> Callable[[int], dict[str, float]]:
-        """The losses on the validation split, for the trainer to ask for."""
-        valid = parts.open_split(self.data.data, "valid")
-        return ValidationLoss(valid, collator, engine, vision, self.data.task_names, self.batch, self.weights)
+        """The losses on the validation split, for the trainer to ask for; needs --eval_steps."""
+        assert self.valid is not None
+        return ValidationLoss(self.valid, collator, engine, vision, self.data.task_names, self.batch, self.weights)
 
     def check_resume(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint was made on another base model, order of samples or schedule."""
@@ -140,7 +149,7 @@ class RunPlan:
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in tuner.named_parameters()}
         trained = sum(sizes[name] for name in tuner.trained_parameters())
         return run_record(
-            to_dict(self.model, self.data, self.train),
+            with_absolute_paths(to_dict(self.model, self.data, self.train)),
             deepspeed=self.deepspeed,
             world_size=self.ranks.world_size,
             reader=self.reader,
@@ -159,6 +168,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
+    valid = open_validation(data, train) if train.eval_steps else None
     batch = plan_batch(train.global_batch, ranks.world_size, micro_batch=train.micro_batch, limit=train.max_micro_batch)
     steps = count_steps(len(dataset), train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
     optimizer = OptimizerSettings(
@@ -172,14 +182,23 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         warmup_steps=round(train.warmup_ratio * steps),
     )
     config = parts.read_config(model)
-    base = {"path": model.base, "fingerprint": fingerprint(model.base)}
+    base = {"path": os.path.abspath(model.base), "fingerprint": fingerprint(model.base)}
     return RunPlan(
         model=model,
         data=data,
         train=train,
         ranks=ranks,
         dataset=dataset,
-        order=SampleOrder(len(dataset), train.seed, train.global_batch, data.task_names, data.task_shares),
+        valid=valid,
+        order=make_order(
+            dataset,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            tasks=data.task_names,
+            task_mix=data.task_shares,
+            weights=weights_of(data.data_weights, len(dataset.parts)),
+            window=data.shuffle_window,
+        ),
         batch=batch,
         optimizer=optimizer,
         deepspeed=resolve(
@@ -194,6 +213,33 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     )
 
 
+def open_validation(data: DataArguments, train: TrainArguments) -> MixedDataset:
+    """The split that --eval_steps goes through. Raises ValueError if it is missing or less than one global batch."""
+    try:
+        valid = parts.open_split(data.data, "valid")
+        if len(valid) < train.global_batch:
+            raise ValueError(f"{data.data} has {len(valid)} samples, fewer than --global_batch {train.global_batch}")
+    except ValueError as error:
+        raise ValueError(
+            f"--eval_steps {train.eval_steps} needs a split 'valid' of a global batch or more: {error}. Pack one with "
+            "pipeline/shard_mmud.py, or leave out --eval_steps"
+        ) from error
+    return valid
+
+
+def with_absolute_paths(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`to_dict`'s answer with every path absolute, so that a checkpoint can be scored from any folder."""
+
+    def absolute(name: str, value: Any) -> Any:
+        if name == "clip" and value.startswith(_LOCAL_CLIP):
+            return _LOCAL_CLIP + os.path.abspath(value.removeprefix(_LOCAL_CLIP))
+        if name == "data":
+            return absolute_folders(value)
+        return os.path.abspath(value) if name in _PATHS and value else value
+
+    return {kind: {name: absolute(name, v) for name, v in values.items()} for kind, values in config.items()}
+
+
 def pack_mini(ranks: Ranks) -> None:
     """Makes the mini world's shards where they are missing: each node's first rank packs, the others wait at the lock.
 
@@ -203,7 +249,7 @@ def pack_mini(ranks: Ranks) -> None:
     if ranks.is_main and not (MINI_SHARDS / "manifest.json").exists():
         print(f"Packing the embedded mini world into {MINI_SHARDS} first (half a minute).")
     for split in source.splits():
-        pack(source, split, MINI_SHARDS, workers=2, progress=ranks.is_main)
+        pack(source, split, MINI_SHARDS, workers=2, progress=ranks.is_main, wait=True)
 
 
 def prepare_tuner(model: ModelArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks) -> NeuralTuner:

@@ -4,7 +4,6 @@ A source offers fingerprint(), splits(), keys(split) and load(split, i); the wri
 is optional: it gives a worker process only the rows it packs instead of a whole pickle each.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import mmud_rows
+from pipeline.data.files import picture_sizes, read_picture, unique_keys
 from pipeline.data.manifest import digest_of, file_sha256
+from pipeline.data.objects import RowError
 from pipeline.data.schema import Rejected, Sample
 from pipeline.data.unpickle import load_pickle
 
@@ -20,52 +21,17 @@ VERSION = 1
 """Of this reading of the files; part of the fingerprint. Raise it when the same files give other samples."""
 SPLITS = ("train", "valid", "test")
 _FORMS = ("{split}_withlength.pkl", "{split}.pkl")
-_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_([0-9]{12}\.jpg)")
-_COCO_2017 = re.compile(r"[0-9]{12}\.jpg")
 
 
-def find_image(image_root: Path, image_path: str) -> Path | None:
-    """The file that a row's image_path means, somewhere under `image_root`, or None.
-
-    The path may have Windows separators and begin on the authors' drive: its longest ending that exists is taken. The
-    same picture is called 000000000009.jpg in COCO 2017 and COCO_train2014_000000000009.jpg in COCO 2014: both are
-    tried.
-    """
-    parts = [part for part in re.split(r"[\\/]+", image_path) if part not in ("", ".", "..") and ":" not in part]
-    if not parts or "\0" in image_path:
-        return None
-    name = parts[-1]
-    names = [name]
-    if short := _COCO_2014.fullmatch(name):
-        names.append(short[1])
-    elif _COCO_2017.fullmatch(name):
-        names += [f"COCO_{part}2014_{name}" for part in ("train", "val")]
-    for candidate in names:
-        for start in range(len(parts)):
-            path = image_root.joinpath(*parts[start:-1], candidate)
-            if path.is_file():
-                return path
-    return None
-
-
-def _keys(rows: Sequence[Any]) -> list[str]:
-    """A key per row: its picture's name, and a number where a picture comes again."""
-    keys: list[str] = []
-    used: dict[str, int] = {}
-    taken: set[str] = set()
-    for place, row in enumerate(rows):
+def _image_paths(rows: Sequence[Any]) -> list[str]:
+    """The image_path of each row, "" where a row is none."""
+    names = []
+    for row in rows:
         try:
-            stem = re.split(r"[\\/]+", mmud_rows.image_path_of(row))[-1].rsplit(".", 1)[0]
-        except mmud_rows.RowError:
-            stem = f"row-{place}"
-        base = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:75] or f"row-{place}"
-        key = base
-        while key in taken:
-            used[base] = used.get(base, 1) + 1
-            key = f"{base}-{used[base]}"
-        taken.add(key)
-        keys.append(key)
-    return keys
+            names.append(mmud_rows.image_path_of(row))
+        except RowError:
+            names.append("")
+    return names
 
 
 class MmudRows:
@@ -82,16 +48,10 @@ class MmudRows:
         assert split == self._split
         row, key = self._rows[i], self._keys[i]
         try:
-            image_path = mmud_rows.image_path_of(row)
-            path = find_image(self._image_root, image_path)
-            if path is None:
-                raise mmud_rows.RowError("picture missing", f"{image_path!r} is not under {self._image_root}")
+            path, image = read_picture(self._image_root, mmud_rows.image_path_of(row))
             clip = self._clip(path.stem)
-            image = path.read_bytes()
-        except mmud_rows.RowError as error:
+        except RowError as error:
             return Rejected(key, error.reason, str(error))
-        except OSError as error:
-            return Rejected(key, "picture unreadable", f"{path}: {error.strerror}")
         return mmud_rows.to_sample(row, key=key, image=image, clip=clip)
 
     def _clip(self, stem: str) -> np.ndarray | None:
@@ -102,9 +62,9 @@ class MmudRows:
         try:
             vector = np.asarray(load_pickle(path, max_bytes=2**20), dtype=np.float32).reshape(-1).astype(np.float16)
         except (ValueError, TypeError) as error:
-            raise mmud_rows.RowError("clip embedding unreadable", f"{path.name}: {error}") from None
+            raise RowError("clip embedding unreadable", f"{path.name}: {error}") from None
         if not vector.size or not np.isfinite(vector).all():
-            raise mmud_rows.RowError("clip embedding unreadable", f"{path.name}: empty, or not finite in float16")
+            raise RowError("clip embedding unreadable", f"{path.name}: empty, or not finite in float16")
         return vector
 
 
@@ -151,7 +111,7 @@ class MmudSource:
             if not isinstance(rows, list | tuple):
                 raise ValueError(f"{self._files[split]} must hold a list of 12-tuples, found {type(rows).__name__}")
             self._rows[split] = list(rows)
-            self._all_keys[split] = _keys(rows)
+            self._all_keys[split] = unique_keys(_image_paths(rows))
         return self._rows[split]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -161,20 +121,12 @@ class MmudSource:
                 "source": self.name,
                 "version": VERSION,
                 "pickles": {split: file_sha256(path) for split, path in self._files.items()},
-                "pictures": digest_of([self._picture_sizes(split) for split in self._files]),
+                "pictures": digest_of(
+                    [picture_sizes(self._image_root, _image_paths(self._load_rows(split))) for split in self._files]
+                ),
                 "clip": self._clip_root is not None,
             }
         return self._fingerprint
-
-    def _picture_sizes(self, split: str) -> list[list[Any]]:
-        sizes: list[list[Any]] = []
-        for row in self._load_rows(split):
-            try:
-                path = find_image(self._image_root, mmud_rows.image_path_of(row))
-            except mmud_rows.RowError:
-                path = None
-            sizes.append([path.name, path.stat().st_size] if path else [])
-        return sizes
 
     def keys(self, split: str) -> list[str]:
         """The key of each row, in the pickle's order."""

@@ -4,8 +4,8 @@ webdataset's own reader passes over a cut tar in silence, cannot resume, and giv
 the shards and any of its kind can read them, but training reads them here. No member is unpickled or extracted.
 """
 
-import io
-import os
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,53 +15,52 @@ import numpy as np
 from pipeline.data.images import load
 from pipeline.data.manifest import (
     check_index,
-    file_sha256,
     index_name,
-    read_json,
     read_manifest,
+    read_stored,
     split_entry,
     splits_digest,
 )
 from pipeline.data.schema import IMAGE_FORMATS, Sample
+from pipeline.data.storage import Storage, open_storage
+from pipeline.data.tar_check import check_members
 
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \((?P<size>\d{1,6}),\), \} *\n", re.S
+)
 _AGAIN = "pack the data set again with --force"
 
 
 class ShardDataset:
     """The samples of one split, `dataset[i]` -> Sample, i = 0 .. len-1 in the order of packing.
 
-    Opening checks the manifest, the indexes and the sizes of the shards; a sample is read whole or ValueError names the
-    shard and the key. Safe to hand to worker processes: files are opened where they are read.
+    `root` is a folder or a URL that fsspec knows. Opening checks the manifest, the indexes and the sizes of the shards;
+    a sample is read whole and of the bytes that were packed, or ValueError names the shard and the key. Safe to hand to
+    worker processes: files are opened where they are read.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        self.root = Path(root)
+        self.root = root
         self.split = split
-        entry = split_entry(read_manifest(self.root), self.root, split)
-        self._shards: list[Path] = []
+        self._storage = open_storage(root)
+        entry = split_entry(read_manifest(root), root, split)
+        self._shards: list[str] = []
         self._places: list[tuple[int, str, dict[str, list[int]]]] = []
+        self.shard_sizes: tuple[int, ...] = ()
         indexes = []
         for number, shard in enumerate(entry["shards"]):
-            path = self.root / Path(shard["name"]).name
-            index = read_index(path)
-            _check_size(path, shard["bytes"])
+            index = read_index(self._storage, shard["name"])
+            _check_size(self._storage, shard["name"], shard["bytes"])
             indexes.append(index)
-            self._shards.append(path)
+            self._shards.append(shard["name"])
             self._places += [(number, sample["key"], sample["files"]) for sample in index["samples"]]
+        self.shard_sizes = tuple(len(index["samples"]) for index in indexes)
         self.digest: str = entry["digest"]
         if splits_digest(indexes) != self.digest or len(self._places) != entry["samples"]:
             raise ValueError(f"{self.root}, split '{split}': indexes and manifest do not belong together; {_AGAIN}")
-        self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
 
     def key(self, i: int) -> str:
         """The key of sample i, from the index alone."""
@@ -72,7 +71,7 @@ class ShardDataset:
         try:
             return self._read(shard, key, files)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self._shards[shard].name}, sample {key}: {error}") from None
+            raise ValueError(f"{self._shards[shard]}, sample {key}: {error}") from None
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -86,48 +85,69 @@ class ShardDataset:
             self._bytes(shard, files["json"]),
             image=self._bytes(shard, files[image_format]),
             image_format=image_format,
-            clip=None if clip is None else np.load(io.BytesIO(clip), allow_pickle=False),
+            clip=None if clip is None else _embedding(clip),
         )
         if sample.key != key:
             raise ValueError(f"the shard holds {sample.key} where the index says {key}; {_AGAIN}")
         return sample
 
     def _bytes(self, shard: int, where: list[int]) -> bytes:
-        offset, size = where
-        if shard not in self._files:
-            self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
+        offset, size, *crc = where
+        data = self._storage.read_at(self._shards[shard], offset, size)
         if len(data) != size:
             raise ValueError(f"the shard is cut: {size} bytes wanted at {offset}, {len(data)} there; copy it again")
+        # Indexes made before schema version 1 was settled have no checksums.
+        if crc and zlib.crc32(data) != crc[0]:
+            raise ValueError(
+                f"the shard was changed since it was packed, or the disk is failing: other bytes at {offset}; copy it "
+                "again, and never write over shards that a run reads"
+            )
         return data
 
 
-def read_index(shard: Path) -> dict[str, Any]:
+def _embedding(data: bytes) -> np.ndarray:
+    """The float16 vector in a .npy file, which must begin as the writer's do.
+
+    numpy's own reader first makes room for whatever the file claims, and evaluates the header as Python.
+    """
+    head = _NPY.match(data)
+    vector = np.frombuffer(data[head.end() :], "<f2") if head and not (len(data) - head.end()) % 2 else None
+    if vector is None or not head or vector.size != int(head["size"]):
+        raise ValueError(f"the CLIP embedding is no float16 vector; {_AGAIN}")
+    return vector
+
+
+def read_index(storage: Storage, shard: str) -> dict[str, Any]:
     """The checked index of a shard."""
-    path = shard.with_name(index_name(shard.name))
-    return check_index(read_json(path, _AGAIN), path)
+    name = index_name(shard)
+    return check_index(read_stored(storage, name, _AGAIN), storage.where(name))
 
 
-def _check_size(shard: Path, size: int) -> None:
-    if not shard.exists():
-        raise ValueError(f"{shard} is missing: copy it from where the data set was packed, or pack it again")
-    found = shard.stat().st_size
+def _check_size(storage: Storage, shard: str, size: int) -> None:
+    path = storage.where(shard)
+    try:
+        found = storage.size(shard)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: copy it from where the data set was packed, or pack it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if found != size:
-        raise ValueError(f"{shard} is cut or changed: {size} bytes in the manifest, {found} on disk; copy it again")
+        raise ValueError(f"{path} is cut or changed: {size} bytes in the manifest, {found} there; copy it again")
 
 
 def verify(root: str | Path, split: str) -> Iterator[str]:
-    """Read a whole split again: hashes, every sample, every picture decoded. Yields each key that is good.
+    """Read a whole split again: hashes, the tars' headers, every sample, every picture decoded.
 
-    ValueError at the first thing that is not.
+    Yields each key that is good; ValueError at the first thing that is not.
     """
-    root = Path(root)
+    storage = open_storage(root)
     entry = split_entry(read_manifest(root), root, split)
     for shard in entry["shards"]:
-        path = root / Path(shard["name"]).name
-        _check_size(path, shard["bytes"])
-        if file_sha256(path) != shard["sha256"]:
+        _check_size(storage, shard["name"], shard["bytes"])
+        if storage.sha256(shard["name"]) != shard["sha256"]:
+            path = storage.where(shard["name"])
             raise ValueError(f"{path}: its sha256 is not the one in the manifest; copy it again, or {_AGAIN}")
+        check_members(storage, shard["name"], read_index(storage, shard["name"]))
     for sample in ShardDataset(root, split):
         try:
             load(sample.image)

@@ -1,7 +1,6 @@
 """The one schema: what a sample is, wherever it came from. The file format is described in shards/FORMAT.md."""
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.data import rle
+from pipeline.data.brief import brief
 
 SCHEMA_VERSION = 1
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -16,12 +16,25 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 OBJECT_TAG = re.compile(r"<OBJ-([0-9]{1,6})>")
 IMAGE_FORMATS = ("jpg", "png")
 
+_FAR = 1e9
+"""No corner of a box is so far out; also false of NaN, and whole numbers too large for a float may be compared."""
 _TEXTS = ("caption", "question", "answer", "source")
+
+
+def _is_text(value: Any) -> bool:
+    """JSON may hold halves of a UTF-16 pair, which are no characters: no file and no tokenizer takes them."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _need(condition: bool, name: str, wanted: str, found: Any) -> None:
     if not condition:
-        raise ValueError(f"field '{name}' must be {wanted}, found {str(found)[:80]!r}")
+        raise ValueError(f"field '{name}' must be {wanted}, found {brief(found)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +53,12 @@ class ObjectRecord:
     category: str
 
     def __post_init__(self) -> None:
-        _need(all(isinstance(p, str) and p.strip() for p in self.phrases), "phrases", "texts", self.phrases)
+        _need(all(_is_text(p) and p.strip() for p in self.phrases), "phrases", "texts", self.phrases)
         _need(len(self.phrases) > 0, "phrases", "at least one text", self.phrases)
-        numbers = len(self.box) == 4 and all(isinstance(n, int | float) and math.isfinite(n) for n in self.box)
+        numbers = len(self.box) == 4 and all(isinstance(n, int | float) and abs(n) < _FAR for n in self.box)
         _need(numbers, "box", "four finite numbers", self.box)
         _need(self.box[0] <= self.box[2] and self.box[1] <= self.box[3], "box", "x1, y1, x2, y2 in order", self.box)
-        _need(isinstance(self.category, str) and bool(self.category.strip()), "category", "a text", self.category)
+        _need(_is_text(self.category) and bool(self.category.strip()), "category", "a text", self.category)
         rle.check(self.mask)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +113,7 @@ class Sample:
             value = getattr(self, name)
             _need(type(value) is int and value > 0, name, "a positive whole number", value)
         for name in _TEXTS:
-            _need(isinstance(getattr(self, name), str), name, "a text", getattr(self, name))
+            _need(_is_text(getattr(self, name)), name, "a text", getattr(self, name))
         _need(bool(self.question) == bool(self.answer), "answer", "given if and only if a question is", self.answer)
         for number, record in enumerate(self.objects, start=1):
             if list(record.mask["size"]) != [self.height, self.width]:
@@ -128,9 +141,7 @@ class Sample:
         return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
-    def from_json(
-        cls, text: bytes, *, image: bytes, image_format: str, clip: np.ndarray | None = None
-    ) -> "Sample":
+    def from_json(cls, text: bytes, *, image: bytes, image_format: str, clip: np.ndarray | None = None) -> "Sample":
         """The reverse of to_json. ValueError names the field that is missing or wrong."""
         try:
             record = json.loads(text)
@@ -139,7 +150,7 @@ class Sample:
         _need(isinstance(record, dict), "sample", "a JSON object", type(record).__name__)
         version = record.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {version!r}, not {SCHEMA_VERSION}: pack the data set again")
+            raise ValueError(f"schema_version is {brief(version)}, not {SCHEMA_VERSION}: pack the data set again")
         missing = {"key", "height", "width", "objects", *_TEXTS} - record.keys()
         _need(not missing, "sample", f"complete; missing: {', '.join(sorted(missing))}", sorted(record))
         _need(isinstance(record["objects"], list), "objects", "a list of records", type(record["objects"]).__name__)
@@ -165,3 +176,11 @@ class Rejected:
     key: str
     reason: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Partly:
+    """A sample without some of its objects, and why each of these was left out."""
+
+    sample: Sample
+    left_out: tuple[Rejected, ...]

@@ -13,6 +13,7 @@ What comes out consists of None, bool, int, float, str, bytes, list, tuple, dict
 import io
 import pickle
 import pickletools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,9 @@ _REFUSED = {
     "READONLY_BUFFER": "a buffer outside the file",
 }
 _NUMBER_KINDS = "biuf"
+_COST = 16
+"""A file's values may take this many times its size, and a megabyte besides."""
+_budget = threading.local()
 
 
 class _Refusal(pickle.UnpicklingError):
@@ -97,11 +101,20 @@ class _Array(np.ndarray):
         super().__setstate__((1, shape, ready.dtype, bool(fortran), bytes(data)))  # type: ignore[arg-type]
 
 
+def _charge(size: int) -> None:
+    """Takes `size` from what this file's values may cost in all. A door that copies its argument could otherwise be
+    called a million times with the same gigabyte."""
+    _budget.left = getattr(_budget, "left", 0) - size
+    if _budget.left < 0:
+        raise _Refusal("it makes many times its own size in values")
+
+
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
         raise _Refusal("a numpy array of something other than plain numbers")
     if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or order not in ("C", "F"):
         raise _Refusal("a numpy array of an impossible shape")
+    _charge(len(data))
     flat = np.frombuffer(bytes(data), dtype=dtype.dtype) if data else np.zeros(0, dtype.dtype)
     count = 1
     for n in shape:
@@ -124,6 +137,7 @@ def _reconstruct(kind: Any, shape: Any, _code: Any) -> _Array:
 def _encode(text: Any, codec: Any = "latin1") -> bytes:
     if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
         raise _Refusal("bytes in an unknown encoding")
+    _charge(len(text))
     return text.encode("latin-1")
 
 
@@ -131,6 +145,7 @@ def _empty(kind: type) -> Callable[..., Any]:
     def make(*content: Any) -> Any:
         if content and not (len(content) == 1 and isinstance(content[0], list | bytes)):
             raise _Refusal(f"a {kind.__name__} in an unknown form")
+        _charge(sum(map(len, content)))
         return kind(*content)
 
     return make
@@ -237,6 +252,7 @@ def load_pickle(path: str | Path, *, max_bytes: int = MAX_BYTES, encoding: str =
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
         _scan(data)
+        _budget.left = _COST * len(data) + 2**20
         return _PlainUnpickler(io.BytesIO(data), encoding=encoding).load()
     except _Refusal as error:
         raise ValueError(

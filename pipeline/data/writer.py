@@ -4,15 +4,13 @@ The rows of a split are sorted by key and cut into shards of equal number before
 its own rows only: any number of processes may make them in any order, and after a kill the unfinished ones are made.
 """
 
-import fcntl
 import hashlib
 import io
 import os
-import re
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +20,9 @@ from tqdm import tqdm
 
 from pipeline.data import manifest
 from pipeline.data.images import shrink
+from pipeline.data.joining import WHOLE, Part, finished_index, index_path, join, only_writer
 from pipeline.data.parallel import Count, run_jobs
-from pipeline.data.schema import KEY, SCHEMA_VERSION, Rejected, Sample
+from pipeline.data.schema import KEY, SCHEMA_VERSION, Partly, Rejected, Sample
 
 # webdataset reads this when it is imported; without it, its decoders would unpickle members of foreign tars.
 os.environ.setdefault("WDS_SECURE", "1")
@@ -33,7 +32,7 @@ import webdataset
 class Rows(Protocol):
     """What a packing process needs of a source; must be picklable."""
 
-    def load(self, split: str, i: int) -> Sample | Rejected: ...
+    def load(self, split: str, i: int) -> Sample | Partly | Rejected: ...
 
 
 class Source(Rows, Protocol):
@@ -46,7 +45,8 @@ class Source(Rows, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """What pack() found or made. `remade` counts the shards written now; 0 means that all was there already."""
+    """What pack() found or made. `remade` counts the shards written now; 0 means that all was there already. `waiting`
+    counts the shards that other parts have yet to make; until it is 0 the split is not in the manifest."""
 
     split: str
     samples: int
@@ -54,6 +54,7 @@ class Packed:
     remade: int
     bytes: int
     rejected: dict[str, int]
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +75,20 @@ def pack(
     workers: int = 1,
     samples_per_shard: int = 1000,
     resize: int | None = None,
+    part: Part = WHOLE,
     force: bool = False,
     progress: bool = True,
+    wait: bool = False,
 ) -> Packed:
     """Pack one split of `source` into `out_dir`; already finished shards of the same source are kept.
 
     resize: bring the pictures' shorter side down to so many pixels (masks stay at full resolution); None leaves the
-    files' bytes as they are. force: make everything again. ValueError if `out_dir` holds this split of another source.
+    files' bytes as they are. part: (i, n), make every n-th shard from the i-th on; whichever part comes last joins all
+    of them. force: make everything (of this part) again. wait: queue behind another packer of this folder instead of
+    refusing, for ranks that start together. ValueError if `out_dir` holds this split of another source.
     """
-    out = Path(out_dir)
     _check_arguments(source, split, workers, samples_per_shard, resize)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from None
+    out = manifest.new_folder(Path(out_dir))
     made_from = {
         "source": source.fingerprint(),
         "split": split,
@@ -96,10 +97,10 @@ def pack(
         "schema_version": SCHEMA_VERSION,
     }
     job_id = manifest.digest_of(made_from)
-    with _only_writer(out):
+    with only_writer(out, part, wait=wait):
         entry = _finished(out, split)
         if entry and not force:
-            if entry["job"] == job_id and _all_there(out, entry):
+            if entry["job"] == job_id and _all_there(out, entry, job_id):
                 return _summary(split, entry, remade=0)
             if entry["job"] != job_id:
                 raise ValueError(
@@ -107,15 +108,19 @@ def pack(
                     "use --force to pack it again, or --out with another folder"
                 )
         jobs = _plan(source, split, out, job_id, samples_per_shard, resize or 0)
-        if force:
-            for job in jobs:
-                _index_path(job.path).unlink(missing_ok=True)
-        open_jobs = [job for job in jobs if not _is_done(job)]
-        kept = sum(len(job.places) for job in jobs) - sum(len(job.places) for job in open_jobs)
+        mine = jobs[part[0] - 1 :: part[1]]
         try:
-            _run(open_jobs, source, workers, kept, split, progress)
-            _drop_strays(out, split, [job.path for job in jobs])
-            return replace(_conclude(out, split, jobs, job_id, made_from), remade=len(open_jobs))
+            if force:
+                manifest.drop_split(out, split)
+                for job in mine:
+                    index_path(job.path).unlink(missing_ok=True)
+            open_jobs = [job for job in mine if not finished_index(job.path, job_id)]
+            _run(open_jobs, source, workers, _rows(mine) - _rows(open_jobs), split, progress)
+            waiting = [job for job in jobs if job not in mine and not finished_index(job.path, job_id)]
+            if waiting:
+                return _own_share(split, mine, len(open_jobs), len(waiting))
+            entry = join(out, split, [job.path for job in jobs], job_id, made_from)
+            return _summary(split, entry, remade=len(open_jobs))
         except OSError as error:
             raise ValueError(
                 f"packing into {out} stopped: {error}. Finished shards are kept; the same command goes on from them"
@@ -133,26 +138,36 @@ def _check_arguments(source: Source, split: str, workers: int, samples_per_shard
         raise ValueError(f"--resize is the shorter side in pixels, at least 16; found {resize}")
 
 
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Two packings into one folder would overwrite each other's parts. The lock goes with the process, also by kill."""
-    with (out / ".packing.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is packing into {out}: wait for it, or choose another --out") from None
-        yield
-
-
 def _finished(out: Path, split: str) -> dict[str, Any] | None:
     if not (out / manifest.MANIFEST).exists():
         return None
-    return manifest.read_manifest(out)["splits"].get(split)
+    entry = manifest.read_manifest(out)["splits"].get(split)
+    if entry is None:
+        return None
+    return {"job": None, **manifest.split_entry({"splits": {split: entry}}, out, split)}
 
 
-def _all_there(out: Path, entry: dict[str, Any]) -> bool:
-    paths = [(out / shard["name"], shard["bytes"]) for shard in entry["shards"]]
-    return all(p.is_file() and p.stat().st_size == size and _index_path(p).is_file() for p, size in paths)
+def _all_there(out: Path, entry: dict[str, Any], job_id: str) -> bool:
+    return all(finished_index(out / shard["name"], job_id) for shard in entry["shards"])
+
+
+def _rows(jobs: Sequence[_Job]) -> int:
+    return sum(len(job.places) for job in jobs)
+
+
+def _own_share(split: str, jobs: Sequence[_Job], remade: int, waiting: int) -> Packed:
+    """What one part did, while others are still at work."""
+    indexes = [index for job in jobs if (index := finished_index(job.path, job.fingerprint))]
+    left_out = Counter(record["reason"] for index in indexes for record in index["left_out"])
+    return Packed(
+        split=split,
+        samples=sum(len(index["samples"]) for index in indexes),
+        shards=len(indexes),
+        remade=remade,
+        bytes=sum(index["bytes"] for index in indexes),
+        rejected=dict(sorted(left_out.items())),
+        waiting=waiting,
+    )
 
 
 def _summary(split: str, entry: dict[str, Any], remade: int) -> Packed:
@@ -164,10 +179,6 @@ def _summary(split: str, entry: dict[str, Any], remade: int) -> Packed:
         bytes=sum(shard["bytes"] for shard in entry["shards"]),
         rejected=entry["rejected"],
     )
-
-
-def _index_path(shard: Path) -> Path:
-    return shard.with_name(manifest.index_name(shard.name))
 
 
 def _plan(source: Source, split: str, out: Path, job_id: str, per_shard: int, resize: int) -> list[_Job]:
@@ -185,33 +196,22 @@ def _plan(source: Source, split: str, out: Path, job_id: str, per_shard: int, re
     ]
 
 
-def _is_done(job: _Job) -> bool:
-    """A shard's index is written after the shard, so an index of this job beside a shard of its size means whole."""
-    path = _index_path(job.path)
-    if not path.is_file() or not job.path.is_file():
-        return False
-    try:
-        index = manifest.check_index(manifest.read_json(path, ""), path)
-    except ValueError:
-        return False
-    return index["job"] == job.fingerprint and index["bytes"] == job.path.stat().st_size
-
-
 def _run(jobs: Sequence[_Job], source: Source, workers: int, kept: int, split: str, progress: bool) -> None:
-    total = kept + sum(len(job.places) for job in jobs)
+    total = kept + _rows(jobs)
     with tqdm(total=total, initial=kept, desc=f"packing {split}", unit=" samples", disable=not progress) as bar:
         if workers == 1 or len(jobs) <= 1:
             for job in jobs:
                 _write_shard(job, bar.update)
         else:
             # Portions are cut as they are needed: all of them at once would be the whole pickle again.
-            portions = (_portioned(job, source) for job in jobs)
+            portions = (replace(job, rows=portion_of(source, split, job.places)) for job in jobs)
             run_jobs(_write_shard, portions, workers=min(workers, len(jobs)), bar=bar)
 
 
-def _portioned(job: _Job, source: Source) -> _Job:
+def portion_of(source: Source, split: str, places: Sequence[int]) -> Rows:
+    """What a process needs of `source` to load these rows."""
     portion = getattr(source, "portion", None)
-    return replace(job, rows=portion(job.split, job.places)) if portion else job
+    return portion(split, places) if portion else source
 
 
 class _HashingFile(io.RawIOBase):
@@ -230,32 +230,53 @@ class _HashingFile(io.RawIOBase):
 
 
 def _write_shard(job: _Job, count: Count) -> None:
-    """Write one shard and then its index, each first under another name."""
-    part = job.path.with_name(f".{job.path.name}.part")
+    """Write one shard and then its index, each first under another name.
+
+    An older index may lie there meanwhile: either of another job, then it does not count, or of this one, then the
+    shard that appears beside it has the same bytes. So a killed packer's last breath cannot harm the next one.
+    """
+    part = manifest.part_name(job.path)
+    try:
+        sha256, left_out = _write_tar(job, part, count)
+        samples, size = _offsets(part), part.stat().st_size
+        os.replace(part, job.path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    index = {
+        "shard": job.path.name,
+        "bytes": size,
+        "sha256": sha256,
+        "job": job.fingerprint,
+        "samples": samples,
+        "left_out": left_out,
+    }
+    manifest.write_atomic(index_path(job.path), manifest.canonical(index) + b"\n")
+
+
+def _write_tar(job: _Job, path: Path, count: Count) -> tuple[str, list[dict[str, str]]]:
+    """(sha256 of the tar, what was left out of it)."""
     left_out: list[dict[str, str]] = []
-    _index_path(job.path).unlink(missing_ok=True)
-    with part.open("wb") as file:
+    with path.open("wb") as file:
         hashing = _HashingFile(file)
-        with webdataset.TarWriter(hashing, user="", group="", mode=0o644, mtime=0.0, encoder=False) as tar:
+        # A whole number: for a float tarfile would put an extended header before every member.
+        with webdataset.TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
             for place in job.places:
-                sample = job.rows.load(job.split, place)
-                if isinstance(sample, Sample):
+                sample, gone = split_up(job.rows.load(job.split, place))
+                left_out += [{"key": each.key, "reason": each.reason, "detail": each.detail} for each in gone]
+                if sample:
                     tar.write(_members(sample, job.resize))
-                else:
-                    left_out.append({"key": sample.key, "reason": sample.reason, "detail": sample.detail})
                 count(1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, job.path)
-    index = {
-        "shard": job.path.name,
-        "bytes": job.path.stat().st_size,
-        "sha256": hashing.sha256.hexdigest(),
-        "job": job.fingerprint,
-        "samples": _offsets(job.path),
-        "left_out": left_out,
-    }
-    manifest.write_atomic(_index_path(job.path), manifest.canonical(index) + b"\n")
+    return hashing.sha256.hexdigest(), left_out
+
+
+def split_up(found: Sample | Partly | Rejected) -> tuple[Sample | None, tuple[Rejected, ...]]:
+    """What a source gave: the sample, if there is one, and all that was left out."""
+    if isinstance(found, Partly):
+        return found.sample, found.left_out
+    return (None, (found,)) if isinstance(found, Rejected) else (found, ())
 
 
 def _members(sample: Sample, resize: int) -> dict[str, Any]:
@@ -269,41 +290,13 @@ def _members(sample: Sample, resize: int) -> dict[str, Any]:
 
 
 def _offsets(shard: Path) -> list[dict[str, Any]]:
-    """[{"key", "files": {extension: [offset, bytes]}}] of a shard just written, read from its own headers."""
+    """[{"key", "files": {extension: [offset, bytes, crc32]}}] of a shard just written, read from the shard itself."""
     samples: dict[str, dict[str, list[int]]] = {}
     with tarfile.open(shard, "r:") as tar:
         for member in tar:
             key, extension = member.name.split(".", 1)
-            samples.setdefault(key, {})[extension] = [member.offset_data, member.size]
+            content = tar.extractfile(member)
+            assert content is not None
+            crc = zlib.crc32(content.read())
+            samples.setdefault(key, {})[extension] = [member.offset_data, member.size, crc]
     return [{"key": key, "files": files} for key, files in samples.items()]
-
-
-def _drop_strays(out: Path, split: str, shards: Sequence[Path]) -> None:
-    """Remove this split's shards from a packing with more of them, which readers that go by `*.tar` would take in."""
-    wanted = {path.name for path in shards} | {_index_path(path).name for path in shards}
-    ours = re.compile(re.escape(split) + r"-[0-9]{6}\.(tar|index\.json)")
-    for path in out.iterdir():
-        stray = ours.fullmatch(path.name) and path.name not in wanted
-        leftover = path.name.startswith(f".{split}-") and path.name.endswith(".part")
-        if stray or leftover:
-            path.unlink()
-
-
-def _conclude(out: Path, split: str, jobs: Sequence[_Job], job_id: str, made_from: dict[str, Any]) -> Packed:
-    """Write report and manifest from the shards' indexes."""
-    indexes = [manifest.read_json(_index_path(job.path), "pack again") for job in jobs]
-    left_out = [record for index in indexes for record in index["left_out"]]
-    entry = {
-        "samples": sum(len(index["samples"]) for index in indexes),
-        "shards": [
-            {"name": i["shard"], "samples": len(i["samples"]), "bytes": i["bytes"], "sha256": i["sha256"]}
-            for i in indexes
-        ],
-        "digest": manifest.splits_digest(indexes),
-        "job": job_id,
-        "made_from": made_from,
-        "rejected": dict(sorted(Counter(record["reason"] for record in left_out).items())),
-    }
-    manifest.put_report(out, split, left_out)
-    manifest.put_split(out, split, entry)
-    return _summary(split, entry, remade=0)

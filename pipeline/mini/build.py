@@ -41,10 +41,10 @@ GATES = {
 class BuildSize:
     """Steps of each pretraining, and the numbers of scenes: to train on and held out."""
 
-    llm_steps: int = 3200
+    llm_steps: int = 3600
     clip_steps: int = 1400
     vqgan_steps: int = 1000
-    prior_steps: int = 1700
+    prior_steps: int = 2800
     llm_pool: int = 40_000
     picture_pool: int = 24_000
     held_out: int = 400
@@ -201,16 +201,18 @@ Measured on scenes of the validation split, which shares no scene with the train
 
 - **LLM**: it never saw a picture, but it read the *text map* of scenes: 16 cells, each named by a coordinate word
   (`c00 _ c01 small-red-circle ...`), followed by captions, referring and reasoning dialogues in the prompts of
-  `pipeline/data/prompts.py`. Short lookup questions about the map ("What is at c05?") taught it to find things there.
-  The mini preset puts the same coordinate words between the image tokens. So the LLM knows
-  the mini world's language and what its questions mean; what tuning adds is sight, the task tokens and the decoders.
+  `pipeline/data/prompts.py`. Short lookup questions about the map ("What is at c11?") taught it to find things there.
+  Where a tuned answer has a mask token, these answers have the word of the object's cell ("the small red circle c01"):
+  the state that follows a name holds the place, and tuning replaces the word by the token. The mini preset puts the
+  same coordinate words between the image tokens. So the LLM knows the mini world's language and what its questions
+  mean; what tuning adds is sight, the task tokens and the decoders.
   Noise of {noise:.0%} of the embeddings' scale lay on the map words.
 - **CLIP**: beside the contrastive loss it was trained against captions with one attribute swapped (hard negatives), and
   with a linear probe that reads off each map cell's patch tokens which object has its centre there (region
   supervision). The probe is not kept.
 - **VQGAN**: reconstruction and codebook losses only (no discriminator, no perceptual network).
 - **Image prior**: conditioned on the mini CLIP's embedding of the picture; noise of length {blur} on half of the
-  conditions.
+  conditions. Its gate is of pictures as the pipeline draws them: the best of 4 candidates by the mini CLIP.
 
 They know nothing outside the mini world and are of no use there.
 """

@@ -1,9 +1,10 @@
 """Pretraining of the mini LLM: a LlamaForCausalLM that reads a scene from a text map and answers about it.
 
 A training text is the text map ("c00 _ c01 small-red-circle ..."), then several dialogues about it, with the prompts of
-pipeline.data.prompts but no task tokens; only answers carry a loss. Gaussian noise on the map words' embeddings makes
-the LLM tolerant of what an image projector will later put in their places. The gate: captions written freely from the
-map.
+pipeline.data.prompts; only answers carry a loss. Where a tuned answer has <OBJ-i>, these texts have the word of the
+cell that the object lies in ("the small red circle c01"), so the state that follows a name knows the place. Gaussian
+noise on the map words' embeddings makes the LLM tolerant of what an image projector will later put in their places.
+The gate: captions written freely from the map.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pipeline.mini.tokenizer import build_tokenizer
 
 MAP_NOISE = 0.3
 """Standard deviation of the noise on map words, relative to the root mean square of the embeddings."""
-_TAG = re.compile(r" <OBJ-\d+>")
+_TAG = re.compile(r"<OBJ-(\d+)>")
 
 
 def build_llm(seed: int) -> LlamaForCausalLM:
@@ -53,9 +54,10 @@ def map_text(scene: Scene) -> str:
     return " ".join(f"{cell} {word}" for cell, word in zip(grammar.CELL_WORDS, scene.text_map(), strict=True))
 
 
-def dialogue_text(question: str, answer: str) -> tuple[str, str]:
-    """(prompt, answer) as the tuned model will see them, without task tokens."""
-    return prompts.dialogue(question), _TAG.sub("", answer)
+def dialogue_text(scene: Scene, question: str, answer: str) -> tuple[str, str]:
+    """(prompt, answer) as the tuned model will see them, with the object's cell word in the place of each <OBJ-i>."""
+    cells = [grammar.CELL_WORDS[o.cell] for o in scene.objects]
+    return prompts.dialogue(question), _TAG.sub(lambda tag: cells[int(tag[1]) - 1], answer)
 
 
 def _choose(options: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -70,7 +72,7 @@ def dialogues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     for i in chosen:
         options = referring_phrases(scene, int(i))
         phrases.append(options[rng.integers(len(options))])
-    names = [f"the {scene.objects[i].text}" for i in chosen]
+    names = [f"the {scene.objects[i].text} <OBJ-{i + 1}>" for i in chosen]
     found = [
         (_choose(prompts.CAPTION, rng), scene.caption()),
         (
@@ -82,7 +84,7 @@ def dialogues(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         qa = choose_question(scene, rng)
         found.append((qa.question, qa.answer))
     found += lookups(scene, rng)
-    return [dialogue_text(*found[i]) for i in rng.permutation(len(found))]
+    return [dialogue_text(scene, *found[i]) for i in rng.permutation(len(found))]
 
 
 def lookups(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -104,7 +106,7 @@ def _training_text(scene: Scene, rng: np.random.Generator, encode) -> tuple[list
     """Token ids, which of them carry a loss, and which are map words."""
     if rng.random() < 0.1:
         listed = " ".join(grammar.map_word(o.name) for o in scene.objects)
-        turns = [dialogue_text(_choose(prompts.GENERATION, rng).format(caption=scene.caption()), listed)]
+        turns = [dialogue_text(scene, _choose(prompts.GENERATION, rng).format(caption=scene.caption()), listed)]
         ids, loss, noisy = [1], [False], [False]
     else:
         map_ids = encode(map_text(scene))
@@ -162,11 +164,12 @@ def pretrain_llm(out: Path, *, steps: int, pool: int, seed: int, batch: int = 16
 
 @torch.no_grad()
 def caption_gate(llm: Any, tokenizer, scenes: list[Scene]) -> dict[str, float]:
-    """Free-running from the text map: F1 of the objects (size, colour, shape) in captions; share of right answers."""
+    """Free-running from the text map: F1 of the objects (size, colour, shape) in captions; share of right answers, and
+    of right places among their rightly named objects."""
     training_mode = llm.training
     llm.eval()
     rng = np.random.default_rng(5)
-    hits = named = present = right = 0
+    hits = named = present = right = found = placed = 0
     questions = [choose_question(s, rng) for s in scenes]
     captions = _answers(llm, tokenizer, scenes, [prompts.CAPTION[0]] * len(scenes))
     replies = _answers(llm, tokenizer, scenes, [qa.question for qa in questions])
@@ -174,8 +177,15 @@ def caption_gate(llm: Any, tokenizer, scenes: list[Scene]) -> dict[str, float]:
         got, want = set(grammar.names_in(caption)), {o.name for o in scene.objects}
         hits, named, present = hits + len(got & want), named + len(got), present + len(want)
         right += set(grammar.names_in(reply)) == {scene.objects[i].name for i in qa.objects}
+        mentioned = [scene.objects[i] for i in qa.objects if scene.objects[i].text in reply]
+        found += len(mentioned)
+        placed += sum(f"{o.text} {grammar.CELL_WORDS[o.cell]}" in reply for o in mentioned)
     llm.train(training_mode)
-    return {"caption_object_f1": 2 * hits / max(1, named + present), "reasoning_accuracy": right / len(scenes)}
+    return {
+        "caption_object_f1": 2 * hits / max(1, named + present),
+        "reasoning_accuracy": right / len(scenes),
+        "place_accuracy": placed / max(1, found),
+    }
 
 
 def _answers(llm: Any, tokenizer, scenes: list[Scene], asked: list[str]) -> list[str]:

@@ -6,34 +6,43 @@ Letters in shapes: G pictures, E embedding width, S picture side.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.model.prior import ImagePrior
 from pipeline.model.vqgan import VQGAN
 
+Embed = Callable[[list[bytes]], Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How codes are drawn; see `ImagePrior.sample`."""
+    """How codes are drawn (see `ImagePrior.sample`), and how many candidates of each picture."""
 
     temperature: float = 1.0
     top_k: int = 500
     top_p: float = 0.95
+    candidates: int = 4
 
 
 class Painter:
     """An image prior with its VQGAN.
 
+    Args:
+        embed: picture files -> their CLIP embeddings, to choose among candidates.
+        embed_dim: width of that CLIP's embeddings.
+
     Raises:
         ValueError: the two do not belong together, or the prior takes another embedding than the vision tower gives.
     """
 
-    def __init__(self, prior: ImagePrior, vqgan: VQGAN, embed_dim: int, sampling: Sampling) -> None:
+    def __init__(self, prior: ImagePrior, vqgan: VQGAN, embed: Embed, embed_dim: int, sampling: Sampling) -> None:
         wanted, given = (vqgan.config.n_embed, vqgan.config.grid**2), (prior.config.n_codes, prior.config.n_tokens)
         if wanted != given:
             raise ValueError(
@@ -45,22 +54,30 @@ class Painter:
                 f"the prior takes embeddings of {prior.config.embed_dim} numbers, the CLIP gives {embed_dim}: "
                 "give a prior that was trained on this CLIP"
             )
-        self.prior, self.vqgan, self.sampling = prior, vqgan, sampling
+        self.prior, self.vqgan, self.embed, self.sampling = prior, vqgan, embed, sampling
 
     @classmethod
-    def load(cls, prior: str, vqgan: str, embed_dim: int, sampling: Sampling, device: torch.device) -> Painter:
+    def load(
+        cls, prior: str, vqgan: str, embed: Embed, embed_dim: int, sampling: Sampling, device: torch.device
+    ) -> Painter:
         """Reads both from their folders."""
-        return cls(ImagePrior.load(Path(prior)).to(device), VQGAN.load(Path(vqgan)).to(device), embed_dim, sampling)
+        models = ImagePrior.load(Path(prior)).to(device), VQGAN.load(Path(vqgan)).to(device)
+        return cls(*models, embed, embed_dim, sampling)
 
     @torch.no_grad()
     def paint(self, embedding_GE: Tensor, seed: int) -> list[bytes]:
         """PNG bytes of one picture per embedding; the same embeddings and seed give the same pictures."""
-        options = self.sampling
+        options, count = self.sampling, self.sampling.candidates
+        wanted_NE = embedding_GE.repeat_interleave(count, dim=0)
         codes = self.prior.sample(
-            embedding_GE, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=seed
+            wanted_NE, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=seed
         )
-        pictures = ((self.vqgan.pictures(codes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [_png(picture) for picture in pictures]
+        pixels = ((self.vqgan.pictures(codes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        drawn = [_png(picture) for picture in pixels]
+        if count == 1:
+            return drawn
+        near_GK = F.cosine_similarity(self.embed(drawn), wanted_NE.float().cpu()).unflatten(0, (-1, count))
+        return [drawn[row * count + best] for row, best in enumerate(near_GK.argmax(1).tolist())]
 
 
 def _png(picture) -> bytes:

@@ -1,9 +1,10 @@
 """The image prior: a causal transformer over VQGAN codes, given the CLIP embedding of the picture (CLIP-GEN).
 
 The transformer is Hugging Face's GPT-2 (pre-norm, GELU, learned positions, as CLIP-GEN's), so sampling, its KV cache,
-top-k, top-p and temperature are those of `generate`. Slot 0 holds the condition, slot i the (i-1)-th code.
+top-k, top-p and temperature are those of `generate`. The first slots hold the condition (in CLIP-GEN one), the rest the
+codes.
 
-Letters in shapes: B batch, E embedding width, N codes per picture, V codebook size, D transformer width.
+Letters in shapes: B batch, E embedding width, K condition slots, N codes per picture, V codebook size, D width.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class PriorConfig:
     layers: int = 24
     heads: int = 16
     dropout: float = 0.1
+    condition_slots: int = 1
+    """Each slot is a linear image of the whole embedding; with several, places in the picture can ask each its own."""
 
 
 class ImagePrior(nn.Module):
@@ -41,11 +44,11 @@ class ImagePrior(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
-        self.condition = nn.Linear(config.embed_dim, config.width)
+        self.condition = nn.Linear(config.embed_dim, config.condition_slots * config.width)
         self.transformer: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.n_codes,
-                n_positions=config.n_tokens,
+                n_positions=config.n_tokens + config.condition_slots - 1,
                 n_embd=config.width,
                 n_layer=config.layers,
                 n_head=config.heads,
@@ -60,11 +63,16 @@ class ImagePrior(nn.Module):
             )
         )
 
+    def start(self, embedding_BE: Tensor) -> Tensor:
+        """What the condition's slots hold, [B, K, D]."""
+        return self.condition(F.normalize(embedding_BE.float(), dim=-1)).unflatten(-1, (-1, self.config.width))
+
     def forward(self, embedding_BE: Tensor, codes_BN: Tensor) -> Tensor:
-        """Logits [B, N, V]; position i predicts code i."""
-        start_B1D = self.condition(F.normalize(embedding_BE.float(), dim=-1)).unsqueeze(1)
+        """Logits [B, N, V] of the codes."""
+        start_BKD = self.start(embedding_BE)
         codes_BTD = self.transformer.get_input_embeddings()(codes_BN[:, :-1])
-        return self.transformer(inputs_embeds=torch.cat([start_B1D, codes_BTD], dim=1)).logits
+        hidden = self.transformer.transformer(inputs_embeds=torch.cat([start_BKD, codes_BTD], dim=1)).last_hidden_state
+        return self.transformer.lm_head(hidden[:, -codes_BN.shape[1] :])
 
     def loss(self, embedding_BE: Tensor, codes_BN: Tensor) -> Tensor:
         """Mean cross-entropy of the codes, in nats."""
@@ -82,18 +90,18 @@ class ImagePrior(nn.Module):
             top_p: keep the likeliest codes whose mass reaches p. CLIP-GEN uses .95.
             seed: the draw's seed; the same seed and batch give the same codes.
         """
-        start_B1D = self.condition(F.normalize(embedding_BE.float(), dim=-1)).unsqueeze(1)
+        start_BKD = self.start(embedding_BE)
         drawn = (
             {"do_sample": False}
             if temperature == 0
             else {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         )
         n = self.config.n_tokens
-        with torch.random.fork_rng(devices=[start_B1D.device] if start_B1D.is_cuda else []):
+        with torch.random.fork_rng(devices=[start_BKD.device] if start_BKD.is_cuda else []):
             torch.manual_seed(seed)
             codes = self.transformer.generate(
-                inputs_embeds=start_B1D,
-                attention_mask=torch.ones_like(start_B1D[..., 0], dtype=torch.long),
+                inputs_embeds=start_BKD,
+                attention_mask=torch.ones_like(start_BKD[..., 0], dtype=torch.long),
                 max_new_tokens=n,
                 min_new_tokens=n,
                 use_cache=True,

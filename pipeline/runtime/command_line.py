@@ -26,10 +26,25 @@ def flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a setting such as "2,1,1"; () if it is anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return ()
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown where there are any, and the commands of a script's docstring kept on their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", None) else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # Every rank parses the same command line: one message is enough.
-        if os.environ.get("RANK", "0") == "0":
+        # Every rank parses the same command line: one message is enough. srun tells a rank in its own variable.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             self._print_message(f"{self.prog}: {message}\n(--help lists all flags)\n", None)
         raise SystemExit(2)
 
@@ -109,7 +124,13 @@ def parse(
     check: called with the instances; its ValueError, as any from a `__post_init__`, ends the process with exit code 2.
     """
     wanted: list[Any] = list(kinds)
-    parser = _Parser(wanted, allow_abbrev=False, description=description, usage="%(prog)s [--flag value ...]")
+    parser = _Parser(
+        wanted,
+        allow_abbrev=False,
+        description=description,
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=_Help,
+    )
     own = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
     hints = {name: hint for kind in (*every_kind, *kinds) for name, hint in get_type_hints(kind).items()}
 

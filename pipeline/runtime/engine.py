@@ -48,15 +48,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
     """Starts the process group: nccl on CUDA, gloo on the CPU."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if ranks.device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce at each first start: it needs a compiler, and two virtual
-        # environments keep recompiling each other's. gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
-        # DeepSpeed would compile a C++ op for its CPU collectives at the first start; interrupted there, it leaves a
-        # lock file at which every later start waits without a word. gloo's own collectives do.
+        # DeepSpeed would compile a C++ op for its CPU collectives at the first start: it needs a compiler, two virtual
+        # environments recompile each other's, and interrupted it leaves a lock file at which every later start waits
+        # without a word. gloo's own collectives do.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline.data import rle
 from pipeline.data.batch import PromptBatch, VisionFeatures
 from pipeline.data.collate import Collator
-from pipeline.data.images import to_pixels
 from pipeline.data.loader import EvalLoader, SampleSource
 from pipeline.data.schema import Sample
 from pipeline.data.tokens import TokenMap
@@ -32,7 +30,7 @@ from pipeline.model.vision import VisionTower
 from pipeline.scoring.captions import score_captions
 from pipeline.scoring.masks import score_masks
 from pipeline.scoring.objects import caption_object_f1, right_object_accuracy
-from pipeline.scoring.pictures import score_pictures
+from pipeline.scoring.pictures import embed_pictures, score_pictures
 
 PROTOCOLS = ("free-running", "teacher-forced")
 GROUP = 50
@@ -114,15 +112,23 @@ class Evaluator:
         self.limit, self.num_workers, self.seed = limit, num_workers, seed
         self.full_name, self.colour_shape = full_name, colour_shape
         self.skipped: list[str] = []
+        self._drawn: list[Prediction] = []
         self.counts: dict[str, int] = {}
 
     def predict(self, condition: str) -> list[Prediction]:
-        """Answers of one condition ("tuned", "untuned" or "shuffled"), task by task in the split's order."""
-        dataset = OtherPictures(self.dataset) if condition == "shuffled" else self.dataset
+        """Answers of one condition ("tuned", "untuned" or "shuffled"), task by task in the split's order.
+
+        Picture generation has no picture in its prompt, so the shuffled condition takes over what "tuned" has drawn.
+        """
+        shuffled = condition == "shuffled"
+        known = self._drawn if shuffled else []
+        tasks = [task for task in self.tasks if not (known and task == "generation")]
+        if not tasks:
+            return known
         loader = EvalLoader(
-            dataset,
+            OtherPictures(self.dataset) if shuffled else self.dataset,
             self.collator,
-            tasks=self.tasks,
+            tasks=tasks,
             batch_size=self.batch_size,
             limit=self.limit,
             num_workers=self.num_workers,
@@ -134,7 +140,9 @@ class Evaluator:
                 if prompts.keys:
                     found += self._answer(prompts.to(self.device))
                 bar.update()
-        return found
+        if condition == "tuned":
+            self._drawn = [p for p in found if p.task == "generation"]
+        return found + known
 
     def _answer(self, prompts: PromptBatch) -> list[Prediction]:
         features = self.vision(prompts.pixel_values)
@@ -205,7 +213,7 @@ class Evaluator:
         figures: dict[str, float | None] = {f"picture_text_r1_of_{GROUP}": None, "picture_clip_cosine": None}
         if not some or self.painter is None:
             return figures
-        shown = self._embed_pictures([p.picture for p in some])
+        shown = embed_pictures(self.vision, [p.picture for p in some])
         texts = torch.cat(
             [self.vision.encode_text([p.reference["caption"] for p in part]).cpu() for part in _chunks(some, 100)]
         )
@@ -215,14 +223,6 @@ class Evaluator:
         figures[f"picture_text_r1_of_{GROUP}"] = scores["text_r1"]
         figures["picture_clip_cosine"] = scores["clip_cosine"]
         return figures
-
-    def _embed_pictures(self, pictures: list[bytes | None]) -> Tensor:
-        side, mean, std = self.vision.image_size, self.vision.mean, self.vision.std
-        grey = torch.zeros(3, side, side)
-        pixels = [grey if p is None else to_pixels(p, image_size=side, mean=mean, std=std) for p in pictures]
-        return torch.cat(
-            [self.vision(torch.stack(part).to(self.device)).embedding.float().cpu() for part in _chunks(pixels, 100)]
-        )
 
 
 def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, Any] | None]:

@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_LINGER = 3.0
+"""Seconds that a failing rank 0 stays for the others, which could not ask it any more who failed first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,27 @@ class Ranks:
         failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.gather(text)) if said]
         if failures:
             raise RuntimeError("; ".join(failures)) from (error if isinstance(error, BaseException) else None)
+
+
+def tell_failure(text: str) -> None:
+    """Prints why this rank fails, unless another has failed before: those that fail in its wake, or alike, are silent.
+
+    No collective call, since ranks that have not failed would take no part in it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        print(text, file=sys.stderr, flush=True)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        failed = store.add("failed", 1)
+    except RuntimeError:
+        # Rank 0 holds the store: it has ended, and said why.
+        return
+    if failed == 1:
+        print(text, file=sys.stderr, flush=True)
+    deadline = time.monotonic() + _LINGER
+    while dist.get_rank() == 0 and store.add("failed", 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:

@@ -29,8 +29,9 @@ class Tracker:
     """Metrics, parameters, tags, files and figures of one run.
 
     `resume_step`: the step that a resumed run goes on from; lines of metrics.jsonl beyond it are dropped, since those
-    steps are trained again. A new run passes 0. None leaves the lines that are there alone and only adds to them: for
-    a guest, such as an evaluation, beside a run that may be training at this moment.
+    steps are trained again. A new run passes 0. None leaves the lines that are there alone and only adds to them, and
+    leaves the MLflow run's status as it is: for a guest, such as an evaluation, beside a run that may be training at
+    this moment or be resumed later.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Tracker:
             run_name=run_name,
             run_id=state.get("run_id") or run_id,
             system_metrics=system_metrics,
+            guest=resume_step is None,
         )
         self._queue: queue.SimpleQueue[Callable[[_Sender], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -128,7 +130,7 @@ class Tracker:
             self._put(lambda sender: sender.table(data, name))
 
     def close(self, status: str = "FINISHED", *, seconds: float | None = None) -> None:
-        """Sends what is left; status: FINISHED, KILLED (goes on later) or FAILED.
+        """Sends what is left; status: FINISHED, KILLED (goes on later) or FAILED. A guest's counts for nothing.
 
         seconds: to wait at most; None takes 60 for a local database (making one takes a while), 20 for a server.
         """
@@ -191,10 +193,18 @@ class _Sender:
     """MLflow's client; every method may raise when the server is away, and may be called again."""
 
     def __init__(
-        self, *, folder: Path, uri: str, experiment: str, run_name: str, run_id: str | None, system_metrics: bool
+        self,
+        *,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None,
+        system_metrics: bool,
+        guest: bool,
     ) -> None:
         self.folder, self.uri, self.experiment, self.run_name = folder, uri, experiment, run_name
-        self.run_id, self.system_metrics = run_id, system_metrics
+        self.run_id, self.system_metrics, self._sets_status = run_id, system_metrics, not guest
         self._client: Any = None
         self._monitor: Any = None
         self._sent: dict[str, int] = {}
@@ -228,7 +238,9 @@ class _Sender:
             place = (self.folder.resolve() / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
             identity = known.experiment_id if known else client.create_experiment(self.experiment, place)
             run = client.create_run(identity, run_name=self.run_name)
-        else:
+            # Nobody else would end it.
+            self._sets_status = True
+        elif self._sets_status:
             client.update_run(run.info.run_id, status="RUNNING")
         self.run_id = run.info.run_id
         self._params = dict(run.data.params)
@@ -288,8 +300,9 @@ class _Sender:
         self._client.log_table(self.run_id, columns, name)
 
     def end(self, status: str) -> None:
-        """Ends the run on the server; `open` starts it again."""
-        self._client.set_terminated(self.run_id, status)
+        """Ends the run on the server, unless a guest found it there; `open` starts it again."""
+        if self._sets_status:
+            self._client.set_terminated(self.run_id, status)
         if self._monitor is not None:
             # Only the event: its `finish` waits for a whole sampling interval.
             self._monitor._shutdown_event.set()

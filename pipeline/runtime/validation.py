@@ -35,11 +35,7 @@ class ValidationLoss:
         batch: BatchPlan,
         weights: LossWeights,
     ) -> None:
-        if len(dataset) < batch.global_batch:
-            raise ValueError(
-                f"the validation split has {len(dataset)} samples, fewer than one global batch of "
-                f"{batch.global_batch}: pack more, or leave out --eval_steps"
-            )
+        assert len(dataset) >= batch.global_batch, "the plan of the run refuses a smaller split"
         self.dataset, self.collator, self.engine, self.vision = dataset, collator, engine, vision
         self.order = SampleOrder(len(dataset), 0, batch.global_batch, tuple(tasks), (1.0,) * len(tasks))
         self.batch, self.weights = batch, weights

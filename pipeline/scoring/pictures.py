@@ -8,12 +8,28 @@ Symbols: n pictures, E embedding dimensions. Row i of the pictures belongs to ro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.images import to_pixels
+from pipeline.model.vision import VisionTower
 
 TIE = 1e-6
 """Cosines closer than this are equal: the same text embedded in two batches differs by about 1e-7."""
+
+
+def embed_pictures(vision: VisionTower, pictures: Sequence[bytes | None], batch: int = 100) -> Tensor:
+    """CLIP embeddings float32 [n,E], on the CPU, of picture files; a missing picture counts as a grey one."""
+    side, mean, std = vision.image_size, vision.mean, vision.std
+    device = next(vision.parameters()).device
+    grey = torch.zeros(3, side, side)
+    pixels = [grey if p is None else to_pixels(p, image_size=side, mean=mean, std=std) for p in pictures]
+    parts = [torch.stack(pixels[i : i + batch]).to(device) for i in range(0, len(pixels), batch)]
+    return torch.cat([vision(part).embedding.float().cpu() for part in parts])
 
 
 def _unit_rows(embeddings: Any, name: str) -> np.ndarray:

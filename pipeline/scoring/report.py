@@ -163,7 +163,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader never sees half a file."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
@@ -186,8 +186,8 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if details is not None:
-        _write(folder / "details.json", json.dumps(_finite(details), indent=2, allow_nan=False) + "\n")
-    _write(folder / "report.md", format_markdown(report, title=title, notes=notes, sheet=sheet))
+        replace_text(folder / "details.json", json.dumps(_finite(details), indent=2, allow_nan=False) + "\n")
+    replace_text(folder / "report.md", format_markdown(report, title=title, notes=notes, sheet=sheet))
     target = folder / "report.json"
-    _write(target, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    replace_text(target, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return target
