@@ -62,6 +62,7 @@ setup(
         "pipeline.scoring",
         "pipeline.assembly",
         "pipeline.mini",
+        "pipeline.settings",
         "sparse_kernels",
     ],
     package_dir={"": ".", "sparse_kernels": "kernels/sparse_kernels"},

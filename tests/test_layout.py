@@ -104,6 +104,8 @@ def test_nothing_imports_an_entry_script() -> None:
 def test_config_is_read_by_entries_only() -> None:
     readers = [path for path in SOURCES if path not in ENTRIES and "pipeline/assembly/" not in relative(path)]
     assert not offenders(readers, "pipeline.config")
+    outside = [path for path in SOURCES if "pipeline/settings/" not in relative(path) and path.name != "config.py"]
+    assert not offenders(outside, "pipeline.settings")
 
 
 @pytest.mark.parametrize("dependency", sorted(DOORS))

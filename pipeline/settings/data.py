@@ -1,0 +1,53 @@
+"""The flags of the packed data sets and of the prompts made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.data.tasks import TASKS
+from pipeline.runtime.command_line import flag, numbers
+from pipeline.settings.checks import distinct, need
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """The packed data set and what is made of each sample."""
+
+    data: str = flag(
+        "", "folder or URL of packed shards (pipeline/shard_mmud.py makes it); several with commas between"
+    )
+    data_weights: str = flag("", "share of each data set in every global batch, as in 2,1; empty: each sample once")
+    shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
+    tasks: str = flag(",".join(TASKS), "tasks that are tuned together")
+    task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
+    referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
+    max_length: int = flag(512, "tokens per row at most, image tokens included")
+    num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
+    max_bad_share: float = flag(0.01, "share of unreadable samples at which training stops, 0 to 1")
+
+    def __post_init__(self) -> None:
+        names = self.task_names
+        unknown = sorted(set(names) - set(TASKS))
+        need(not unknown and bool(names) and distinct(names), f"tasks must be some of {','.join(TASKS)}", self.tasks)
+        _ = self.task_shares
+        need(0 <= self.max_bad_share <= 1, "max_bad_share must lie in 0..1", self.max_bad_share)
+        for name, least in (("num_workers", 0), ("shuffle_window", 0), ("referring_objects", 1), ("max_length", 1)):
+            need(getattr(self, name) >= least, f"{name} must be at least {least}", getattr(self, name))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks in order."""
+        return tuple(name.strip() for name in self.tasks.split(",") if name.strip())
+
+    @property
+    def task_shares(self) -> tuple[float, ...]:
+        """One share per task, in any unit."""
+        if not self.task_mix:
+            return (1.0,) * len(self.task_names)
+        shares = numbers(self.task_mix)
+        need(
+            len(shares) == len(self.task_names) and min(shares) >= 0 and sum(shares) > 0,
+            f"task_mix takes {len(self.task_names)} shares, one per task ({self.tasks})",
+            self.task_mix,
+        )
+        return shares

@@ -1,0 +1,57 @@
+"""The flags of scoring a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.runtime.command_line import flag
+from pipeline.settings.checks import need
+
+
+@dataclass(kw_only=True)
+class EvalArguments:
+    """Scoring of a checkpoint."""
+
+    checkpoint: str = flag("", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini")
+    split: str = flag("test", "split of the data set")
+    eval_batch: int = flag(32, "prompts per rank decoded together")
+    max_new_tokens: int = flag(64, "tokens of an answer at most")
+    protocol: Literal["free", "teacher-forced"] = flag("free", "free: the model writes its own answers and task tokens")
+    condition: Literal["tuned", "untuned", "shuffled", "all"] = flag("tuned", "shuffled: each prompt has another image")
+    limit: int = flag(0, "score only the first so many samples; 0: all")
+    report_dir: str = flag("", "folder of report.json, report.md and the contact sheet; empty: the run's folder")
+    data: str = flag("", "folder of packed shards; empty: the one that was trained on")
+    base: str = flag("", "folder of the frozen LM; empty: as in training (the same for clip, vqgan, prior)")
+    clip: str = flag("", "frozen CLIP, as in training when empty")
+    clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
+    vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
+    prior: str = flag("", "folder of the image prior, as in training when empty")
+    candidates: int = flag(4, "pictures drawn for each text; the one nearest to the wanted CLIP embedding is kept")
+    temperature: float = flag(1.0, "of the draw of picture codes; 0: the likeliest code")
+    top_k: int = flag(100, "picture codes drawn from the likeliest so many; 0: all")
+    top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
+    summarise: str = flag("", "comma-separated folders of evaluated runs (seeds): only write their mean ± deviation")
+    title: str = flag("Mean over seeds", "heading of that table")
+    seed: int = flag(0, "of the picture codes' draw and of the texts a picture is ranked among")
+    num_workers: int = flag(0, "loader processes")
+
+    def __post_init__(self) -> None:
+        for name in ("eval_batch", "max_new_tokens", "candidates"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name in ("limit", "temperature", "top_k", "num_workers"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+        need(not self.summarise or bool(self.report_dir), "--summarise needs --report_dir, its folder", self.report_dir)
+
+    @property
+    def summarised_runs(self) -> list[Path]:
+        """The folders that `summarise` names."""
+        return [Path(part.strip()) for part in self.summarise.split(",") if part.strip()]
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The paths that were given, in place of those of the training run."""
+        names = ("data", "base", "clip", "clip_weights", "vqgan", "prior")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
