@@ -34,6 +34,7 @@ WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
+_RUN_FILES += ("system_metrics.jsonl", "outbox.jsonl", "registered")
 _log = logging.getLogger(__name__)
 
 
