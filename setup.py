@@ -35,8 +35,10 @@ EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
     "demo": ["gradio>=5"],
+    "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
+        "peft>=0.18",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
