@@ -18,6 +18,7 @@ CORE = [
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",
     "fsspec>=2024.2",  # shards behind URLs; s3:// wants s3fs besides, gs:// gcsfs
+    "filelock>=3.12",
     "safetensors>=0.5",
     "pycocotools>=2.0.8",
     "scipy>=1.11",
