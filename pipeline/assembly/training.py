@@ -289,6 +289,8 @@ def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ran
             f"start.{first}": {**record["machine"], "world_size": record["world_size"], "git": record["git"]},
         }
     )
+    if parent := record["config"]["TrainArguments"].get("mlflow_parent"):
+        tracker.set_tags({"mlflow.parentRunId": parent})
     tracker.log_artifact(path)
     if changed := git_diff(REPO):
         diff = path.with_name("git.diff")
