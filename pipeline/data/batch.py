@@ -109,6 +109,34 @@ class Batch:
 
 
 @dataclass(kw_only=True)
+class PictureBatch:
+    """One micro-batch of pictures alone, for the image prior.
+
+    keys            one per row; an empty batch still has one black picture, so that every rank calls the same modules
+    pixel_values    ([B,3,S,S] CLIP-normalised, [B,3,R,R] in -1..1 for the image decoder), float32, of the same pictures
+    attention_mask  [B,N] long: ones, a code of the picture each; zeros in an empty batch
+    skipped         "key: reason" of the samples that could not be read
+    """
+
+    keys: list[str]
+    pixel_values: tuple[Tensor, Tensor]
+    attention_mask: Tensor
+    skipped: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "PictureBatch":
+        """A copy on `device`; asynchronous from pinned memory."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PictureBatch":
+        """A copy in page-locked memory."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def counts(self) -> Counts:
+        """How many codes this micro-batch holds; they count as tokens."""
+        return Counts(int(self.attention_mask.sum()), 0, 0)
+
+
+@dataclass(kw_only=True)
 class PromptBatch:
     """Prompts for generation and scoring, without their answers.
 
