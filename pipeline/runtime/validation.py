@@ -64,4 +64,4 @@ class ValidationLoss:
                     sums.update({name: float(value) for name, value in found.items()})
         names = sorted(sums)
         total = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
-        return {kind: total[kind] / total[count] for kind, count in _COUNT_OF.items() if total[count]}
+        return {kind: total[kind] / total[count] for kind, count in _COUNT_OF.items() if total.get(count)}
