@@ -3,8 +3,8 @@
     python benchmarks/padding.py                             # the table, of the lengths in benchmarks/mmud_lengths.json
     python benchmarks/padding.py --data shards/mmud --tokenizer /models/Llama-2-7b-hf --out lengths.json
 
-With --data the lengths are those of the training split's samples as our loader gives them: 257 image tokens, prompts and
-answers of all four tasks, in the order of a run. --out keeps them.
+With --data the lengths are those of the training split's samples as our loader gives them: 257 image tokens, prompts
+and answers of all four tasks, in the order of a run. --out keeps them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 from pipeline.data import prompts
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.data.collate import Collator
-from pipeline.data.rows import lay_out
 from pipeline.data.loader import build_loader
 from pipeline.data.mixture import make_order, open_data
+from pipeline.data.rows import lay_out
 from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
 
@@ -32,7 +32,7 @@ IMAGE_TOKENS, MAX_LENGTH, GLOBAL_BATCH = 257, 512, 12
 
 
 def read_lengths(data: str, tokenizer: str, steps: int) -> list[dict[str, Any]]:
-    """What each sample of the first `steps` global batches (12 samples) holds: task, prompt and answer tokens, masks."""
+    """What each sample of the first `steps` global batches holds: task, prompt and answer tokens, masks."""
     words = AutoTokenizer.from_pretrained(tokenizer)
     collator = Collator(
         TokenMap(words, len(words), 8),
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="folder of packed shards to take the lengths from")
     parser.add_argument("--tokenizer", default="", help="folder of a tokenizer; with --data")
-    parser.add_argument("--steps", type=int, default=40, help="global batches of 12 samples that are read (default: 40)")
+    parser.add_argument("--steps", type=int, default=40, help="global batches of 12 samples to read (default: 40)")
     parser.add_argument("--out", default="", help="JSON file that the lengths are written to")
     arguments = parser.parse_args()
     if bool(arguments.data) != bool(arguments.tokenizer):

@@ -6,9 +6,9 @@
 One step is forward, backward and AdamW on --samples samples of benchmarks/mmud_lengths.json: 257 image tokens and the
 texts, masks and pictures of all four tasks. CLIP's features are given to all alike and not timed. The steps:
 
-    LoRA, plain        PEFT's LoRA of the same trained size on q and v, the usual way: padded batch, logits of all tokens
-    released, plain    the authors' recipe: padded to the longest, logits of all tokens, kthvalue, sparse networks in the
-                       upper half of the layers, embedding and head trained
+    LoRA, plain        PEFT's LoRA of the same trained size on q and v, the usual way: padded, logits of all tokens
+    released, plain    the authors' recipe: padded to the longest, logits of all tokens, kthvalue, sparse networks in
+                       the upper half of the layers, embedding and head trained
     neural, plain      neural tuning in that way, and then with one ingredient more in each line:
     + labels only      logits of labelled tokens only; no mask where causality is enough
     + packed           all samples in one row, attention under a mask (--attn sdpa)

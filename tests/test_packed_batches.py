@@ -1,7 +1,9 @@
 """Packed batches beside padded ones: the same samples, the same losses, the same gradients. Tiny LMs, fp32, one CPU.
 
-FlashAttention itself needs a GPU; here its place is taken by plain attention over the boundaries that it would be given.
+FlashAttention itself needs a GPU; here its place is taken by plain attention over the boundaries it would be given.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -124,11 +126,11 @@ def varlen(module, query, key, value, mask, scaling, dropout=0.0, **given):
     """What flash_attn_varlen_func computes: causal attention between boundaries over all rows laid end to end."""
     assert mask is None and given["cu_seq_lens_q"] is given["cu_seq_lens_k"]
     ends = given["cu_seq_lens_q"].tolist()
-    assert given["max_length_q"] == max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    assert given["max_length_q"] == max(b - a for a, b in itertools.pairwise(ends))
     flat = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (query, key, value)]
     parts = [
         F.scaled_dot_product_attention(*(x[None, :, a:b] for x in flat), is_causal=True, scale=scaling)[0]
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in itertools.pairwise(ends)
     ]
     out = torch.cat(parts, dim=1).transpose(0, 1)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None

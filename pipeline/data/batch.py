@@ -1,7 +1,7 @@
 """The dataclasses in which data and model meet. Imports torch and the standard library only.
 
-Shape letters: B rows, T tokens, R samples, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP embedding,
-N patches of the vision tower, C its width.
+Shape letters: B rows, T tokens, R samples, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP
+embedding, N patches of the vision tower, C its width.
 """
 
 import dataclasses

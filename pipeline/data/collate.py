@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.data import prompts, rle
 from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, PromptBatch
 from pipeline.data.images import shrink_mask, to_pixels
-from pipeline.data.rows import lay_out
 from pipeline.data.order import Item, keyed_rng
+from pipeline.data.rows import lay_out
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, MaskTokens, TaskOptions, TaskText, check_names, resolve
 from pipeline.data.tokens import TokenMap
@@ -46,8 +46,8 @@ class Collator:
     max_length   longest sequence in tokens, picture slots included. A question that is too long loses words at its end,
                  then the answer does; an object whose tag is cut loses its target too
     tasks        the tasks in use; a sample that lacks one falls to the next of these
-    pack_tokens  training batches hold several samples to a row, of this many tokens at most, 0 for all in one row; None:
-                 a padded row each
+    pack_tokens  training batches hold several samples to a row, of this many tokens at most, 0 for all in one row;
+                 None: a padded row each
     """
 
     def __init__(

@@ -184,7 +184,7 @@ class NeuralTuner(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums): loss = Σce/tokens + λseg Σdice/masks + λbce Σbce/masks + λgen Σmse/pictures (Eq. 10).
 
-        features: of batch.pixel_values, sample by sample. sums: detached fp32 scalars, the same keys in every call: ce, dice,
+        features: of batch.pixel_values. sums: detached fp32 scalars, the same keys in every call: ce, dice,
         bce, mse with their counts tokens, masks, pictures, and ce/<task>, tokens/<task>, dice/<task>, masks/<task>.
         """
         weights = weights or LossWeights()
