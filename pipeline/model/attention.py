@@ -1,7 +1,7 @@
 """PyTorch's attention sample by sample: causal within each, for packed rows, without a mask of rows by rows.
 
-Registered with transformers as "sdpa_varlen". FlashAttention's varlen functions do the same in one kernel; this needs no
-package and runs everywhere. Under a mask, a row of n samples costs about n times the products that count.
+Registered with transformers as "sdpa_varlen". FlashAttention's varlen functions do the same in one kernel; this needs
+no package and runs everywhere. Under a mask, a row of n samples costs about n times the products that count.
 
 Shape suffixes: B rows, T tokens, A heads, K channels of a head.
 """
