@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data import prompts, rle
 from pipeline.data.batch import IGNORE, Batch, PromptBatch
-from pipeline.data.images import shrink_mask, to_pixels
+from pipeline.data.images import to_pixels
 from pipeline.data.order import Item, keyed_rng
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, MaskTokens, TaskOptions, TaskText, check_names, resolve
@@ -187,7 +187,7 @@ class Collator:
         return [(r, t) for t, i in enumerate(row.answer_ids, start=start) if number_of(i) is not None]
 
     def _masks(self, row: _Row) -> list[Tensor]:
-        return [shrink_mask(rle.decode(row.sample.objects[i].mask), self.mask_size) for i in row.objects]
+        return [torch.from_numpy(rle.shrink(row.sample.objects[i].mask, self.mask_size)) for i in row.objects]
 
     def _pixels(self, rows: Sequence[_Row]) -> Tensor:
         if not rows:

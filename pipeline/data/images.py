@@ -7,11 +7,11 @@ other. Pictures come from strangers: only JPEG and PNG are opened, and their siz
 import io
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 
 MAX_PIXELS = 64_000_000
 FORMATS = {"JPEG": "jpg", "PNG": "png"}
@@ -75,20 +75,17 @@ def to_pixels(data: bytes, *, image_size: int, mean: Sequence[float], std: Seque
 
 
 def pixels_of(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """As to_pixels, of an RGB picture in memory."""
+    """As to_pixels, of an RGB picture in memory.
+
+    torch's bicubic filter on bytes is that of PIL, which open_clip takes, in a fifth of the time: the weights are
+    rounded otherwise, so that one byte in thirty differs, by 1 but for a few.
+    """
+    bytes_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
     if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels_CHW = np.empty((3, image_size, image_size), np.float32)
-    for channel, values, out in zip(image.split(), _normalised(tuple(mean), tuple(std)), pixels_CHW, strict=True):
-        np.take(values, np.asarray(channel), out=out, mode="clip")
-    return torch.from_numpy(pixels_CHW)
-
-
-@lru_cache(maxsize=8)
-def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """[3, 256] float32: what each byte of each channel becomes. Looking up is faster than computing, and the same."""
-    unit = np.arange(256, dtype=np.float32) / np.float32(255)
-    return (unit - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
+        bytes_1CHW = interpolate(bytes_1CHW, (image_size, image_size), mode="bicubic", antialias=True)
+    pixels_CHW = torch.empty(3, image_size, image_size)
+    pixels_CHW.copy_(bytes_1CHW[0]).div_(255)
+    return pixels_CHW.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
 
 
 def shrink(data: bytes, side: int) -> tuple[bytes, str]:
@@ -103,13 +100,3 @@ def shrink(data: bytes, side: int) -> tuple[bytes, str]:
     out = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=95, subsampling=0)
     return out.getvalue(), "jpg"
-
-
-def shrink_mask(mask_HW: np.ndarray, side: int) -> torch.Tensor:
-    """A mask [H,W] in {0,1} squashed to float32 [side, side] in {0,1}: 1 where at least half is covered.
-
-    An object too thin for that keeps its most covered cells: an empty target would teach that nothing is there.
-    """
-    cover = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
-    cover_KK = np.asarray(cover)
-    return torch.from_numpy((cover_KK >= min(128, max(1, int(cover_KK.max())))).astype(np.float32))
