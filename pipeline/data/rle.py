@@ -88,47 +88,45 @@ def shrink(rle: dict[str, Any], side: int) -> np.ndarray:
     """A checked mask squashed to [side, side], float32 in {0,1}: 1 where at least half of the cell's area is inside.
 
     An object too thin for that keeps its most covered cells: an empty target would teach that nothing is there.
-    The areas come from the runs themselves, exactly and without the mask at full size. A cell is H high and W wide in
-    units of 1/side pixel. Each run's start adds, and each end takes away, all that lies below it in its column; such a
-    block, bounded by whole cells but for its edges, is eight numbers in an array that is then summed up along both
-    axes. Only the cells around the object are gone through.
+    The areas come from the runs themselves, exactly and without the mask at full size. Cut at the ends of the columns,
+    runs are blocks one pixel wide. In units of 1/side pixel a cell is H high and W wide, and what a block covers of
+    each cell is the running sum, along both axes, of sixteen numbers at its corners.
     """
     height, width = rle["size"]
     small_KK = np.zeros((side, side), np.float32)
-    toggles = np.cumsum(_runs(rle["counts"]))
-    toggles = toggles[toggles < height * width]
-    x, y = np.divmod(toggles, height)
-    signs = np.resize([1.0, -1.0], toggles.size)
-    # A run that is open where a column ends, ends with it and starts anew in the next.
-    ends = np.arange(1, width + 1)
-    is_open = ends[np.searchsorted(toggles, ends * height) % 2 == 1]
-    restart = is_open[is_open < width]
-    x = np.concatenate([x, is_open - 1, restart])
-    y = np.concatenate([y, np.full(is_open.size, height), np.zeros(restart.size, np.int64)])
-    signs = np.concatenate([signs, np.full(is_open.size, -1.0), np.ones(restart.size)])
-    if not x.size:
+    toggles = _runs(rle["counts"]).cumsum()
+    end = toggles[1::2]
+    start = toggles[0::2][: end.size]
+    first, last = start // height, (end - 1) // height
+    columns = last - first + 1
+    run = np.repeat(np.arange(columns.size), columns)
+    if not run.size:
         return small_KK
-    rows, row_parts = _step(y * side, height)
-    left, left_parts = _step(x * side, width)
-    right, right_parts = _step((x + 1) * side, width)
-    columns = np.concatenate([left, right])
-    top, first = rows.min(), columns.min()
-    high, wide = rows.max() + 1 - top, columns.max() + 1 - first
-    places = (rows[:, None] - top) * wide + (columns - first)
-    parts = row_parts[:, None] * np.concatenate([left_parts, -right_parts]) * signs
-    sums = np.bincount(places.ravel(), parts.ravel(), minlength=high * wide).reshape(high, wide)
-    covered = sums.cumsum(0).cumsum(1)[: side - top, : side - first]
-    part_of_KK = small_KK[top : top + high, first : first + wide]
-    part_of_KK[:] = covered >= min(height * width / 2, max(1.0, covered.max()))
+    x = first[run] + np.arange(run.size) - (columns.cumsum() - columns)[run]
+    top = np.maximum(start[run] - x * height, 0)
+    bottom = np.minimum(end[run] - x * height, height)
+    rows, high = _differences(top * side, bottom * side, height)
+    cols, wide = _differences(x * side, (x + 1) * side, width)
+    above, before = int(rows.min()), int(cols.min())
+    shape = int(rows.max()) + 1 - above, int(cols.max()) + 1 - before
+    places = (rows[:, None] - above) * shape[1] + (cols - before)
+    sums = np.bincount(places.ravel(), (high[:, None] * wide).ravel(), minlength=shape[0] * shape[1])
+    covered = sums.reshape(shape).cumsum(0).cumsum(1)[: side - above, : side - before]
+    around_object = small_KK[above : above + shape[0], before : before + shape[1]]
+    around_object[:] = covered >= min(height * width / 2, max(1.0, covered.max()))
     return small_KK
 
 
-def _step(position: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """([2, n] cells, [2, n] numbers to put there) whose running sum is, cell by cell of length `cell`, how much of it
-    lies beyond `position` [n]: part of the cell it falls into, and all of those that follow."""
-    first = position // cell
-    part = (first + 1) * cell - position
-    return np.stack([first, first + 1]), np.stack([part, cell - part]).astype(np.float64)
+def _differences(start: np.ndarray, end: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """([4, n] cells, [4, n] numbers to put there) whose running sum is, cell by cell of length `cell`, how much of each
+    stretch start..end [n] lies within it."""
+    cells, numbers = np.empty((4, start.size), np.int64), np.empty((4, start.size))
+    for at, position, sign in ((0, start, 1), (2, end, -1)):
+        cells[at] = position // cell
+        cells[at + 1] = cells[at] + 1
+        numbers[at] = sign * (cells[at + 1] * cell - position)
+        numbers[at + 1] = sign * cell - numbers[at]
+    return cells, numbers
 
 
 def area(rle: dict[str, Any]) -> int:
