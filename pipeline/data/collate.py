@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data import prompts, rle
 from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, PromptBatch
-from pipeline.data.images import shrink_mask, to_pixels
+from pipeline.data.images import normalise, squash
 from pipeline.data.order import Item, keyed_rng
 from pipeline.data.rows import lay_out
 from pipeline.data.schema import Sample
@@ -34,7 +34,7 @@ class _Row:
     prompt_ids: list[int]
     answer_ids: list[int]
     objects: tuple[int, ...]
-    pixels_3SS: Tensor
+    picture_3SS: Tensor
 
 
 class Collator:
@@ -158,9 +158,9 @@ class Collator:
         question_ids, answer_ids = self._fit(text, self.max_length - len(begin))
         numbers = [n for n in map(self.token_map.object_number, answer_ids) if n is not None]
         assert numbers == list(range(1, len(numbers) + 1))
-        pixels = to_pixels(sample.image, image_size=self.image_size, mean=self.mean, std=self.std)
+        picture = squash(sample.image, self.image_size)
         objects = text.object_indices[: len(numbers)]
-        return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, pixels)
+        return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, picture)
 
     def _fit(self, text: TaskText, room: int) -> tuple[list[int], list[int]]:
         """Ids of the framed question and of the answer with its end token, together at most `room`."""
@@ -191,12 +191,12 @@ class Collator:
         return [t for t, i in enumerate(row.answer_ids) if self.token_map.object_number(i) is not None]
 
     def _masks(self, row: _Row) -> list[Tensor]:
-        return [shrink_mask(rle.decode(row.sample.objects[i].mask), self.mask_size) for i in row.objects]
+        return [torch.from_numpy(rle.shrink(row.sample.objects[i].mask, self.mask_size)) for i in row.objects]
 
     def _pixels(self, rows: Sequence[_Row]) -> Tensor:
         if not rows:
             return torch.zeros(1, 3, self.image_size, self.image_size)
-        return torch.stack([row.pixels_3SS for row in rows])
+        return normalise([row.picture_3SS for row in rows], mean=self.mean, std=self.std)
 
     def _reference(self, row: _Row) -> dict[str, Any]:
         chosen = [row.sample.objects[i] for i in row.objects]
