@@ -70,7 +70,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def to_pixels(data: bytes, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """CLIP's input [3, image_size, image_size], float32. `mean` and `std` are per channel, of values in 0..1."""
-    return normalise(squash(data, image_size)[None], mean=mean, std=std)[0]
+    return normalise([squash(data, image_size)], mean=mean, std=std)[0]
 
 
 def squash(data: bytes, image_size: int) -> torch.Tensor:

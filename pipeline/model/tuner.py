@@ -138,6 +138,24 @@ class NeuralTuner(nn.Module):
         for network in self.networks:
             network.set_step(step)
 
+    def watch_units(self, on: bool) -> None:
+        """Whether forwards note which sparse units fire; `unit_rates` tells."""
+        for network in self.networks:
+            network.watched = on
+
+    def unit_rates(self) -> dict[str, float]:
+        """Of the forwards on this rank since the last call: the share of units that fire for a token, on average and by
+        layer, and the share that fired for any token at all. {} where nothing was watched."""
+        found = {f"activation/layer_{network.layer_index:02d}": network.fired() for network in self.networks}
+        fired = {name: share_Z for name, share_Z in found.items() if share_Z is not None}
+        if not fired:
+            return {}
+        # One copy to the host for all figures.
+        rates = torch.stack([share_Z.mean() for share_Z in fired.values()])
+        used = torch.stack([(share_Z > 0).float().mean() for share_Z in fired.values()]).mean()
+        *layers, mean, ever = torch.cat([rates, rates.mean()[None], used[None]]).tolist()
+        return dict(zip(fired, layers, strict=True)) | {"activation/mean": mean, "activation/ever": ever}
+
     def _embed(self, ids_BT: Tensor, features: VisionFeatures, segments_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] embeddings with each sample's picture tokens in its image slots, in order.
 
