@@ -31,12 +31,15 @@ CORE = [
 ]
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
+DEMO = ["gradio>=6"]
 EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
-    "demo": ["gradio>=5"],
+    "demo": DEMO,
     "dev": [
         *EVAL,
+        *DEMO,
+        "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
@@ -61,6 +64,7 @@ setup(
         "pipeline.runtime",
         "pipeline.scoring",
         "pipeline.assembly",
+        "pipeline.inference",
         "pipeline.mini",
         "pipeline.settings",
         "sparse_kernels",

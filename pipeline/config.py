@@ -16,6 +16,7 @@ from pipeline.runtime import command_line
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
 from pipeline.settings.train import TrainArguments
 
@@ -23,7 +24,11 @@ __all__ = [
     "PRESETS",
     "REPO",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "LoadArguments",
     "ModelArguments",
     "TrainArguments",
     "from_dict",
