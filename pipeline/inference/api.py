@@ -202,10 +202,11 @@ class NeuralTuner:
         collator = self.loaded.collator
         into: Mapping[str, Any] = {"image_size": collator.image_size, "mean": collator.mean, "std": collator.std}
         if isinstance(image, str | PathLike):
+            path = Path(image)
             try:
-                image = Path(image).read_bytes()
+                image = path.read_bytes()
             except OSError as error:
-                raise ValueError(f"{image} cannot be read: {error.strerror or error}") from error
+                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
         if isinstance(image, bytes):
             return to_pixels(image, **into), size_of(image)
         if isinstance(image, np.ndarray):
@@ -263,7 +264,8 @@ class NeuralTuner:
         tagged = self.token_map.decode(generation.ids)
         text, mentions = read_answer(tagged)
         spans = {mention.number: mention.span for mention in mentions}
-        kept, left_out = [], []
+        kept: list[SegmentedObject] = []
+        left_out: list[SegmentedObject] = []
         logits = generation.mask_logits
         masks = full_size(logits, look.size) if logits is not None else ()
         for k, (number, mask) in enumerate(zip(generation.object_numbers, masks, strict=True)):

@@ -115,7 +115,7 @@ def full_size(mask_logits_KSS: Tensor, size: tuple[int, int]) -> Iterator[Tensor
 def prefix_cache(llm: Any, embeds_BTD: Tensor, pictures_B: Tensor, length: int) -> DynamicCache:
     """Keys and values of the first `length` positions of each row, computed once for each picture.
 
-    pictures_B: the picture of each row, 0..P-1, each at least once; rows of one picture begin alike and without padding.
+    pictures_B: the picture of each row, 0..P-1, each at least once; rows of one picture begin alike, without padding.
     """
     count = int(pictures_B.max()) + 1
     first_P = torch.stack([(pictures_B == picture).nonzero()[0, 0] for picture in range(count)])

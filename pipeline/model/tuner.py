@@ -226,7 +226,8 @@ class NeuralTuner(nn.Module):
         """Free-running answers, greedy unless `options` (of Hugging Face's generate) say otherwise.
 
         pictures [B]: which row of `features` each prompt is about; None: its own. shared: how many first positions
-        prompts about the same picture have in common; they are computed once for each picture. Raises ValueError for beam search or several answers per prompt, whose states cannot be told apart.
+        prompts about the same picture have in common; they are computed once for each picture. Raises ValueError for
+        beam search or several answers per prompt, whose states cannot be told apart.
         """
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError("generate follows one answer per prompt: leave num_beams and num_return_sequences at 1")

@@ -224,7 +224,7 @@ class Evaluator:
 
 
 def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, Any] | None]:
-    """The answer's masks at the picture's own resolution (height, width), by token number; None for a missing number."""
+    """The answer's masks at the picture's own (height, width), by token number; None for a missing number."""
     if generation.mask_logits is None:
         return []
     masks: list[dict[str, Any] | None] = [None] * max(generation.object_numbers)
