@@ -23,15 +23,3 @@ class AnswerStreamer(TextIteratorStreamer):
         # TextStreamer asks its tokenizer for `decode` alone.
         tokenizer: Any = token_map
         super().__init__(tokenizer, skip_prompt=True, timeout=timeout)
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the iteration by `error`, for a thread that could not answer."""
-        self.text_queue.put(error)
-
-    def __next__(self) -> str:
-        value: Any = self.text_queue.get(timeout=self.timeout)
-        if isinstance(value, BaseException):
-            raise value
-        if value == self.stop_signal:
-            raise StopIteration
-        return value
