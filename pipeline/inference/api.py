@@ -178,14 +178,11 @@ class NeuralTuner:
         questions = [ask(_checked(each)) for each in texts] * (rows // len(texts))
         seen = self._look(images, 1) * rows if len(images) == 1 else []
         answers = []
-        for start in range(0, rows, size):
-            part = slice(start, start + size)
-            looks = seen[part] or self._look(images[part], size)
-            generations = self._run(task, looks, questions[part], **options)
-            answers += [
-                self._answer(task, question, look, generation, least)
-                for question, look, generation in zip(questions[part], looks, generations, strict=True)
-            ]
+        for places in _chunks(range(rows), size):
+            asked = [questions[place] for place in places]
+            looks = [seen[place] for place in places] if seen else self._look([images[place] for place in places], size)
+            for question, look, generation in zip(asked, looks, self._run(task, looks, asked, **options), strict=True):
+                answers.append(self._answer(task, question, look, generation, least))
         return answers[0] if single else answers
 
     def _look(self, images: Sequence[Picture], size: int) -> list[Look]:

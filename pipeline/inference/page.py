@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 
+from pipeline.data.tokens import strip_tags
 from pipeline.inference import page_html
 from pipeline.inference.results import Answer, Drawing
 from pipeline.inference.session import Session, pack_answer, pack_drawing
@@ -32,14 +34,18 @@ Four tasks, one frozen language model with a sparse network beside it. Ask, and 
 each phrase lights up its mask; a click keeps it lit."""
 
 
-class RawPicture(gr.Image):
-    """An upload that is handed on as the file it is: our own reader judges it, not whatever Pillow makes of it."""
+# gradio writes a stub file beside every module that holds a component; ours may be installed where nothing is to be
+# written.
+with mock.patch("gradio.component_meta.create_or_modify_pyi"):
 
-    is_template = True
+    class RawPicture(gr.Image):
+        """An upload that is handed on as the file it is: our own reader judges it, not whatever gradio makes of it."""
 
-    def preprocess(self, payload: Any) -> Any:
-        """The path of the uploaded file, which gradio has put into its own folder; None without one."""
-        return None if payload is None else payload.path
+        is_template = True
+
+        def preprocess(self, payload: Any) -> Any:
+            """The path of the uploaded file, which gradio has put into its own folder; None without one."""
+            return None if payload is None else payload.path
 
 
 class Page:
@@ -95,8 +101,15 @@ class Page:
                     label=label, placeholder=placeholder, elem_id=f"{task}-text", visible=bool(label), max_length=20_000
                 )
                 button = gr.Button(title, variant="primary", elem_id=f"{task}-go")
-                with gr.Accordion("Options", open=False):
-                    least = gr.Slider(0, 1, 0.3, step=0.05, label="Smallest score of an object that counts as there")
+                with gr.Accordion("Options", open=False, elem_id=f"{task}-options"):
+                    least = gr.Slider(
+                        0,
+                        1,
+                        0.3,
+                        step=0.05,
+                        label="Smallest score of an object that counts as there",
+                        elem_id=f"{task}-least",
+                    )
                     heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature of the words; 0: always the likeliest")
                     seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
                 if self.examples:
@@ -108,7 +121,7 @@ class Page:
             with gr.Column(scale=3, elem_classes=["nt-answer"], elem_id=f"{task}-answer"):
                 shown = gr.HTML(page_html.empty_html("The picture with its masks comes here."))
                 words = gr.HTML(elem_id=f"{task}-words")
-                packed = gr.DownloadButton("Download masks and answer", visible=False, elem_id=f"{task}-download")
+                packed = gr.DownloadButton("Download the answer", visible=False, elem_id=f"{task}-download")
                 with gr.Accordion("Neurons that fired", open=False, elem_id=f"{task}-neurons"):
                     neurons = gr.HTML("Ask first.")
 
@@ -137,7 +150,7 @@ class Page:
             yield page_html.picture_html(upload), page_html.writing_html(""), "", hidden
             for step in self.session.answer(task, upload, question, **options):
                 if isinstance(step, str):
-                    yield gr.skip(), page_html.writing_html(step), gr.skip(), gr.skip()
+                    yield gr.skip(), page_html.writing_html(strip_tags(step)), gr.skip(), gr.skip()
                     continue
                 answer, firing = step
                 yield (

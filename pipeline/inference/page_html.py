@@ -19,6 +19,7 @@ from pipeline.inference.overlay import colour_of, layer
 from pipeline.inference.results import Answer, SegmentedObject
 from pipeline.inference.uploads import Upload
 
+_FINE = 640
 MAX_NUMBER = 64
 """Objects that the style sheet knows; far more than <OBJ-i> tokens there are."""
 
@@ -39,8 +40,8 @@ def style() -> str:
 {chosen} .nt-base {{filter:brightness(.55) saturate(.4)}}
 {lit} {{opacity:1 !important}}
 .nt-text {{font-size:1.15rem; line-height:2; margin:.6rem 0}}
-.nt-phrase {{position:relative; border-radius:6px; padding:.15em .45em; margin:0 .15em; border:2px solid var(--c); cursor:pointer;
-  background:color-mix(in srgb, var(--c) 18%, transparent)}}
+.nt-phrase {{position:relative; border-radius:6px; padding:.15em .45em; margin:0 .15em; border:2px solid var(--c);
+  cursor:pointer; background:color-mix(in srgb, var(--c) 18%, transparent)}}
 .nt-phrase:hover, .nt-phrase:has(input:checked) {{background:color-mix(in srgb, var(--c) 55%, transparent)}}
 .nt-phrase:focus-within {{outline:2px solid currentColor; outline-offset:2px}}
 .nt-phrase input {{position:absolute; opacity:0; width:1px; height:1px}}
@@ -54,7 +55,7 @@ def style() -> str:
   text-align:center}}
 .nt-caret {{animation:nt-blink 1s steps(2) infinite}}
 @keyframes nt-blink {{to {{opacity:0}}}}
-.nt-neurons {{width:100%; height:18px; image-rendering:pixelated; border:1px solid rgba(128,128,128,.4); background:#111827}}
+.nt-neurons {{width:100%; height:18px; image-rendering:pixelated; border:1px solid rgba(128,128,128,.4)}}
 .nt-layer {{display:grid; grid-template-columns:5.5em 1fr; gap:.2em .8em; align-items:center; font-size:.85rem}}
 """
 
@@ -62,8 +63,11 @@ def style() -> str:
 def picture_html(upload: Upload, objects: Sequence[SegmentedObject] = ()) -> str:
     """The picture and, over it, one picture for each mask."""
     parts = [f'<img class="nt-base" alt="the picture" src="{_data("image/jpeg", upload.shown_jpeg())}">']
+    width, height = upload.shown.size
+    # Masks of a small picture are drawn finer than its pixels, or their rims would be stairs.
+    finer = max(1.0, _FINE / max(width, height))
     for each in objects:
-        source = _data("image/png", layer(each.mask, each.number, upload.shown.size))
+        source = _data("image/png", layer(each.mask, each.number, (round(width * finer), round(height * finer))))
         name = html.escape(each.phrase or f"object {each.number}", quote=True)
         parts.append(f'<img class="nt-mask nt-o{each.number}" alt="mask: {name}" src="{source}">')
     return f'<div class="nt-picture">{"".join(parts)}</div>'

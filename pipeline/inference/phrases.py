@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _TAG = re.compile(r"\s*<(?:OBJ-(\d+)|GEN)>")
 _DETERMINERS = "the|a|an|this|that|these|those|its|his|her|their|one|two|three|four|five|each|every|some"
 _BREAK = re.compile(
-    rf"[.,;:!?()]\s|\b(?:is|are|was|were|be|has|have)\s|\b(?:and|or)\s(?=(?:{_DETERMINERS})\s)", re.IGNORECASE
+    rf"[.,;:!?()]\s|[.!?]$|\b(?:is|are|was|were|be|has|have)\s|\b(?:and|or)\s(?=(?:{_DETERMINERS})\s)", re.IGNORECASE
 )
 _DETERMINER = re.compile(rf"\b(?:{_DETERMINERS})\s", re.IGNORECASE)
 _LEADING = re.compile(r"^(?:\W|\b(?:and|or)\b)+", re.IGNORECASE)
