@@ -18,6 +18,7 @@ CORE = [
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",
     "fsspec>=2024.2",  # shards behind URLs; s3:// wants s3fs besides, gs:// gcsfs
+    "filelock>=3.12",
     "safetensors>=0.5",
     "pycocotools>=2.0.8",
     "scipy>=1.11",
@@ -36,9 +37,11 @@ EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
     "demo": DEMO,
+    "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
         *DEMO,
+        "peft>=0.18",
         "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",
         "pytest-timeout>=2.3",

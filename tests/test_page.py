@@ -359,7 +359,7 @@ def test_a_visit_to_every_tab(page, tmp_path):
         for name, message in (
             ("text.png", "no readable JPEG or PNG"),
             ("large.png", "2000 x 2000 pixels, more than the 2 million"),
-            ("turned.jpg", "there is no text"),
+            ("turned.jpg", "There is no text"),
         ):
             if clear := visitor.all("#segment-picture button[aria-label=Clear], #segment-picture button[title=Clear]"):
                 clear[0].click()
@@ -380,7 +380,7 @@ def test_a_visit_to_every_tab(page, tmp_path):
         assert not visitor.all("#caption-words .nt-none")
         visitor.open_tab("Draw", "draw")
         visitor.all("#draw-go")[0].click()
-        visitor.wait(lambda: "there is no text" in visitor.text("draw"))
+        visitor.wait(lambda: "There is no text" in visitor.text("draw"))
         visitor.example("draw", 0)
         visitor.wait(lambda: visitor.all("#draw-text textarea")[0].get_attribute("value") == "a red circle")
         visitor.all("#draw-go")[0].click()

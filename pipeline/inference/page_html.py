@@ -122,7 +122,7 @@ def _table(answer: Answer) -> str:
 
 def error_html(message: str) -> str:
     """What went wrong and what to do."""
-    return f'<div class="nt-error" role="alert">{html.escape(message)}</div>'
+    return f'<div class="nt-error" role="alert">{html.escape(message[:1].upper() + message[1:])}</div>'
 
 
 def empty_html(message: str) -> str:
