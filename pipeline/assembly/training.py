@@ -21,14 +21,15 @@ from pipeline.data.mixture import MixedDataset, absolute_folders, make_order, we
 from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
+from pipeline.inference.export import save_pretrained
 from pipeline.mini.source import MiniSource
 from pipeline.model.attention import SDPA_VARLEN
-from pipeline.model.fingerprint import fingerprint
+from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
-from pipeline.runtime.checkpoint import check_reader, export_trained
+from pipeline.runtime.checkpoint import check_reader
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.provenance import flatten, git_diff, run_record, write_json
@@ -156,6 +157,7 @@ class RunPlan:
             world_size=self.ranks.world_size,
             reader=self.reader,
             base=self.base,
+            clip={"fingerprint": clip_fingerprint(self.model.clip, self.model.clip_weights)},
             task_tokens={"first_id": token_map.base_vocab, "count": token_map.new_tokens},
             parameters={"all": sum(sizes.values()), "trained": trained},
         )
@@ -319,14 +321,13 @@ def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ran
 
 
 def register(tracker: Tracker, name: str, record: Mapping[str, Any], output_dir: str, step: int, ranks: Ranks) -> None:
-    """The weights of the last checkpoint, without the optimizer's state, as a version of MLflow's model `name`."""
+    """The last checkpoint, exported as pipeline/export.py does, as a version of MLflow's model `name`."""
     if not (name and ranks.is_main):
         return
-    checkpoint = export_trained(
-        Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / "registered" / f"checkpoint-{step}"
-    )
+    run = Path(output_dir)
+    exported = save_pretrained(run / f"checkpoint-{step}", run / "registered" / f"checkpoint-{step}")
     facts = {"base": record["base"], "step": step, "git": record["git"], "versions": record["versions"]}
-    tracker.register_model(name, checkpoint, step=step, facts=facts)
+    tracker.register_model(name, exported, step=step, facts=facts)
 
 
 def log_seconds(output_dir: str, ranks: Ranks, **seconds: float) -> None:
