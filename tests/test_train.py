@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import CLIP, LAYERS, MMUD, REPO, clip_file, llama
+from tiny_run import LAYERS, MMUD, REPO
+from train_world import World, launcher
 
 from pipeline.assembly import parts
 from pipeline.assembly.evaluation import open_checkpoint
 from pipeline.assembly.training import with_absolute_paths
 from pipeline.config import DataArguments, ModelArguments, to_dict
 from pipeline.runtime.checkpoint import load_trained, read_state, verify
-from pipeline.runtime.ranks import free_port
 from pipeline.scoring.report import CONDITIONS, SCORES
 
 ACROSS = 2e-6
@@ -36,55 +35,6 @@ SCORE_NAMES = {
     *("caption_object_f1", "referring_object_accuracy", "reasoning_object_accuracy"),
     *("picture_text_r1_of_50", "picture_clip_cosine"),
 }
-
-
-class World:
-    """The files of one session, and command lines that name them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.base, self.other_base = llama(root / "llama"), llama(root / "other", seed=1)
-        self.clip = clip_file(root / "clip.safetensors")
-        self.shards = root / "shards"
-        self.one, self.two = root / "one", root / "two"
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        self.env = {name: value for name, value in os.environ.items() if name not in names}
-        self.env |= {
-            "PATH": f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}",
-            "OMP_NUM_THREADS": "1",
-            # Making a database takes seconds: all runs share one, as they would share a server.
-            "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}",
-        }
-
-    def start(self, *command: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command that must succeed, or with `ok` False fail, run in the checkout."""
-        done = subprocess.run(
-            [str(word) for word in command], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=550
-        )
-        assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
-        return done
-
-    def flags(self, output: Path, *more: str | Path, leave_out: str = "", **changed: Any) -> list[str]:
-        """Of a run of 4 steps by --preset 7b; `changed` replaces values, `leave_out` drops one flag."""
-        values: dict[str, Any] = {
-            "preset": "7b",
-            "base": self.base,
-            "clip": CLIP,
-            "clip_weights": self.clip,
-            "data": self.shards,
-            "output_dir": output,
-            "bf16": "false",
-            "global_batch": 4,
-            "max_steps": 4,
-            "lr": 5e-3,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "num_workers": 0,
-            "max_length": 320,
-        }
-        values |= changed
-        words = [str(word) for name, value in values.items() if name != leave_out for word in (f"--{name}", value)]
-        return words + [str(word) for word in more]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +49,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     ranks = world.flags(world.two, micro_batch=1)
     world.start(*launcher(), "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
     return world
-
-
-def launcher() -> list[str | Path]:
-    """deepspeed with two ranks."""
-    return [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
 
 
 def without_valid(world: World) -> Path:
@@ -357,14 +302,15 @@ def test_the_run_in_mlflow_says_what_it_was_made_of(world: World) -> None:
     assert 0.2 < run.data.metrics["activation/mean"] <= run.data.metrics["activation/ever"] <= 1
     assert run.data.metrics["grad_norm_max"] >= run.data.metrics["grad_norm"] > 0
 
-    # The registered model is the checkpoint without the optimizer's state; --checkpoint takes it.
+    # The registered model is what pipeline/export.py makes of the checkpoint; --checkpoint takes it.
     (version,) = client.search_model_versions("name = 'tuned'")
     assert version.run_id == kept["run_id"]
     folder = Path(client.download_artifacts(kept["run_id"], "model/checkpoint-4", str(world.root)))
     assert verify(folder) == []
-    assert read_state(folder)["step"] == 4
-    weights = (world.one / "checkpoint-4" / "trained.safetensors").read_bytes()
-    assert (folder / "trained.safetensors").read_bytes() == weights
+    weights = load_file(world.one / "checkpoint-4" / "trained.safetensors")
+    registered = load_file(folder / "model.safetensors")
+    assert registered.keys() == weights.keys()
+    assert all(torch.equal(registered[name], weight) for name, weight in weights.items())
     assert not (folder / "optimizer.safetensors").exists()
 
 
