@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pack = ["--source", "mmud", "--mmud_root", MMUD, "--image_root", MMUD / "images", "--workers", "1"]
     said = world.start(sys.executable, "pipeline/shard_mmud.py", *pack, "--out", world.shards).stdout
     assert "train: 5 samples" in said
-    alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="False", register_model="tuned")
+    alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="none", register_model="tuned")
     world.start(sys.executable, "pipeline/train.py", *alone, "--deepspeed", "ds_configs/z2.json")
     ranks = world.flags(world.two, micro_batch=1)
     world.start(*launcher(), "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
@@ -90,14 +90,14 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         train("other batch", resume=saved, global_batch=2),
         train("other length", resume=saved, max_steps=6),
         train("other base", resume=saved, base=world.other_base),
-        train("resumed", resume=saved, micro_batch=2, gradient_checkpointing="False", deepspeed="ds_configs/z2.json"),
+        train("resumed", resume=saved, micro_batch=2, gradient_checkpointing="none", deepspeed="ds_configs/z2.json"),
         train("moved", resume=world.two / "checkpoint-2", deepspeed="ds_configs/z1.json"),
         train(
             "released",
             mechanism="released",
             first_tuned_layer=1,
             projections="qkv",
-            gradient_checkpointing="True",
+            gradient_checkpointing="attention",
             bf16="true",
             global_batch=2,
             max_steps=2,
@@ -170,7 +170,7 @@ def test_released_mechanism_trains_and_is_recorded(world: World, jobs: Mapping[s
     model, train = state["config"]["ModelArguments"], state["config"]["TrainArguments"]
     assert (model["mechanism"], model["projections"], model["alpha"]) == ("released", "qkv", 0.2)
     assert (model["train_embeddings"], model["clip_head"], model["first_tuned_layer"]) == ("all", "mlp", 1)
-    assert train["gradient_checkpointing"] is True
+    assert train["gradient_checkpointing"] == "attention"
     assert state["deepspeed"]["bf16"]["enabled"] is True
     # Absolute, so that the checkpoint can be scored from any folder.
     assert state["base"]["path"] == model["base"] == str(world.base)

@@ -97,7 +97,7 @@ def load_llm(model: ModelArguments, dtype: torch.dtype, attn: str | None = None)
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: str = "none"
 ) -> NeuralTuner:
     """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
     layers = llm.config.num_hidden_layers
@@ -127,8 +127,8 @@ def make_tuner(
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
     )
-    if gradient_checkpointing:
-        enable_checkpointing(llm)
+    if gradient_checkpointing != "none":
+        enable_checkpointing(llm, gradient_checkpointing)
     return tuner
 
 
