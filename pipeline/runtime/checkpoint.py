@@ -33,7 +33,20 @@ MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
-_RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
+_RUN_FILES = (
+    *(
+        "checkpoint-*",
+        "metrics.jsonl",
+        "run.json",
+        "git.diff",
+        "mlflow*",
+        "mlartifacts",
+        "artifacts",
+        "DONE",
+        "REQUEUE",
+    ),
+    *("system_metrics.jsonl", "outbox.jsonl", "registered"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -87,6 +100,17 @@ def load_trained(model: nn.Module, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no whole checkpoint: {'; '.join(problems)}")
     elastic.load_into(model, load_file(Path(path) / WEIGHTS))
     return read_state(path)
+
+
+def export_trained(path: str | Path, target: Path) -> Path:
+    """A checkpoint without the optimizer's state, whole in itself: for use, not for resuming. For one process alone.
+
+    Raises ValueError if the checkpoint is not whole.
+    """
+    if problems := verify(path):
+        raise ValueError(f"{path} is no whole checkpoint: {'; '.join(problems)}")
+    write(target, TrainedState(weights=load_file(Path(path) / WEIGHTS), moments={}), read_state(path))
+    return target
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
