@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from pathlib import Path
@@ -16,12 +17,15 @@ from pipeline.mini import grammar
 from pipeline.model.painter import Sampling
 from pipeline.runtime.checkpoint import is_exported, load_trained
 from pipeline.runtime.evaluator import Evaluator, Prediction
+from pipeline.runtime.journal import METRICS
 from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.runtime.reporting import contact_sections, save_predictions
 from pipeline.runtime.tracking import Tracker
 from pipeline.scoring.contact_sheet import draw_sheet
 from pipeline.scoring.report import build_report, format_table, write_report
 
+TABLE_ROWS = 1000
+"""Answers in MLflow's table; predictions/ has all."""
 CONDITIONS_IN_ORDER = ("untuned", "tuned", "shuffled")
 
 
@@ -123,22 +127,46 @@ class Evaluation:
         return "\n".join(lines)
 
     def _log(self, report: dict[str, Any], files: list[Path]) -> None:
-        """Sends figures and files to the MLflow run that trained the checkpoint, if there is one."""
-        run_id = self.trained.state.get("mlflow_run_id")
-        if not run_id:
+        """Adds figures and files to the run that trained the checkpoint, if it was tracked.
+
+        Each evaluation has a folder of its own there; of the figures, at the checkpoint's step, MLflow shows the
+        newest evaluation's and keeps the others in their history. The tag `evaluation` names the newest folder.
+        """
+        run_id, run = self.trained.state.get("mlflow_run_id"), self.trained.folder.parent
+        if not run_id and not (run / METRICS).is_file():
             return
-        step = self.trained.state["step"]
+        trained_by, step = self.trained.state["config"]["TrainArguments"], self.trained.state["step"]
+        split = self.args.split
         tracker = Tracker(
-            self.trained.folder.parent,
-            experiment=self.trained.state["config"]["TrainArguments"]["mlflow_experiment"],
-            run_name="",
+            run,
+            experiment=trained_by["mlflow_experiment"],
+            run_name=trained_by["run_name"] or run.name,
             run_id=run_id,
             resume_step=None,
             system_metrics=False,
         )
         for condition in self.figures:
-            scores = {f"{self.args.split}/{condition}/{k}": v for k, v in report[condition].items() if v is not None}
-            tracker.log_metrics(step, scores)
+            scores = {f"{split}/{condition}/{k}": v for k, v in report[condition].items() if v is not None}
+            tracker.log_metrics(step, scores, evaluation=True)
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+        place = f"evaluation/{split}-step-{step}-{now}"
         for path in files:
-            tracker.log_artifact(path, "evaluation")
+            tracker.log_artifact(path, place)
+        names = list(report[next(iter(self.figures))])
+        tracker.log_table(
+            {"score": names} | {c: [report[c].get(name) for name in names] for c in self.figures},
+            f"{place}/scores.json",
+        )
+        shown = self.shown[:TABLE_ROWS]
+        tracker.log_table(
+            {
+                "key": [p.key for p in shown],
+                "task": [p.task for p in shown],
+                "question": [p.reference["question"] for p in shown],
+                "answer": [p.text for p in shown],
+                "right answer": [p.reference["answer"] for p in shown],
+            },
+            f"{place}/answers.json",
+        )
+        tracker.set_tags({"evaluation": place})
         tracker.close()

@@ -40,7 +40,20 @@ EXPORTED_TYPE = "neural_tuning"
 """`model_type` in an exported config.json, as Hugging Face's libraries name what a folder holds."""
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
-_RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
+_RUN_FILES = (
+    *(
+        "checkpoint-*",
+        "metrics.jsonl",
+        "run.json",
+        "git.diff",
+        "mlflow*",
+        "mlartifacts",
+        "artifacts",
+        "DONE",
+        "REQUEUE",
+    ),
+    *("system_metrics.jsonl", "outbox.jsonl", "registered"),
+)
 _log = logging.getLogger(__name__)
 
 
