@@ -31,12 +31,15 @@ CORE = [
 ]
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
+QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
 EXTRAS = {
     "eval": EVAL,
-    "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
+    "gpu": ["triton>=3.6; platform_system == 'Linux'", *QUANT],
+    "quant": QUANT,
     "demo": ["gradio>=5"],
     "dev": [
         *EVAL,
+        *QUANT,
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
@@ -63,6 +66,7 @@ setup(
         "pipeline.assembly",
         "pipeline.mini",
         "pipeline.settings",
+        "pipeline.planning",
         "sparse_kernels",
     ],
     package_dir={"": ".", "sparse_kernels": "kernels/sparse_kernels"},

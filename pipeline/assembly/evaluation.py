@@ -15,6 +15,7 @@ import torch
 from pipeline.assembly import parts
 from pipeline.config import REPO, DataArguments, EvalArguments, ModelArguments, from_dict
 from pipeline.mini import grammar
+from pipeline.model import quantisation
 from pipeline.model.fingerprint import fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.painter import Painter, Sampling
@@ -98,9 +99,9 @@ class Evaluation:
             print("No --vqgan and --prior: pictures are neither drawn nor scored.")
         self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.tuner = parts.make_tuner(trained.model, parts.load_llm(trained.model, dtype), vision, seed=self.seed).to(
-            device
-        )
+        quantisation.check(trained.model.base_quant, stage=0)
+        llm = parts.load_llm(trained.model, dtype, device)
+        self.tuner = parts.make_tuner(trained.model, llm, vision, seed=self.seed).to(device)
         initialise(self.tuner, self.seed)
         mini = self.dataset[0].source == "mini"
         self.evaluator = Evaluator(

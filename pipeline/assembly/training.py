@@ -21,6 +21,7 @@ from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
 from pipeline.mini.source import MiniSource
+from pipeline.model import quantisation
 from pipeline.model.fingerprint import fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
@@ -146,7 +147,7 @@ class RunPlan:
 
     def record(self, tuner: NeuralTuner, token_map: TokenMap) -> dict[str, Any]:
         """The content of run.json, which every checkpoint holds too."""
-        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in tuner.named_parameters()}
+        sizes = {name: quantisation.elements(p) for name, p in tuner.named_parameters()}
         trained = sum(sizes[name] for name in tuner.trained_parameters())
         return run_record(
             with_absolute_paths(to_dict(self.model, self.data, self.train)),
@@ -182,6 +183,8 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         warmup_steps=round(train.warmup_ratio * steps),
     )
     config = parts.read_config(model)
+    deepspeed = read_json(train.deepspeed_file())
+    quantisation.check(model.base_quant, deepspeed.get("zero_optimization", {}).get("stage", 0))
     base = {"path": os.path.abspath(model.base), "fingerprint": fingerprint(model.base)}
     return RunPlan(
         model=model,
@@ -202,7 +205,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         batch=batch,
         optimizer=optimizer,
         deepspeed=resolve(
-            read_json(train.deepspeed_file()),
+            deepspeed,
             plan=batch,
             optimizer=optimizer,
             bf16=train.use_bf16(ranks.device.type),
@@ -255,7 +258,7 @@ def pack_mini(ranks: Ranks) -> None:
 def prepare_tuner(model: ModelArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks) -> NeuralTuner:
     """The tuned model with its initial values, on this rank's device, in the precision of training."""
     bf16 = train.use_bf16(ranks.device.type)
-    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32)
+    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32, ranks.device)
     tuner = parts.make_tuner(model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing)
     initialise(tuner, train.seed)
     return tuner
@@ -267,7 +270,7 @@ def flops_per_token(tuner: NeuralTuner) -> float:
     Frozen weights have no gradients; what is trained is so small that it is left out, as is attention's quadratic part.
     """
     inner = [p for name, p in tuner.llm.named_parameters() if "embed" not in name and "lm_head" not in name]
-    return 4.0 * sum(getattr(p, "ds_numel", p.numel()) for p in inner)
+    return 4.0 * sum(quantisation.elements(p) for p in inner)
 
 
 def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks) -> None:
