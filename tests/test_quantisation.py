@@ -1,4 +1,4 @@
-"""The frozen LM in 4 and 8 bits: losses near the unquantised ones, the same checkpoints, refusals before anything loads.
+"""The frozen LM in 4 and 8 bits: losses near the unquantised ones, the same checkpoints, early refusals.
 
 On the mini world's trained LM (192 wide), in one process; DeepSpeed is in `test_train_resumes_across_precisions`. Not
 here: memory and speed, which only a GPU shows.

@@ -95,7 +95,7 @@ class Planning:
             text_tokens=self.args.text_tokens,
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
-            row_tokens=self.data.max_length,
+            max_tokens=self.data.max_length,
             packed=self.args.packed,
         )
 
@@ -190,7 +190,7 @@ class Planning:
             "flags": self.flags(plan),
             "tmac_per_pair": round(self.tmac_per_pair, 4),
             "trainable_share": count.trained_share,
-            "sparse_share": count.trained["sparse"] / count.base,
+            "sparse_share": count.trained.get("sparse", 0) / count.base,
             "parameters": count.base + count.all_trained,
             "parameters_by_part": {"base": count.base, **count.trained, "clip": count.clip},
             "memory_gib": plan.memory.gib(),
@@ -211,6 +211,7 @@ class Planning:
         """train.py's flags of a plan."""
         flags: dict[str, Any] = {
             "preset": self.model.preset,
+            "tuner": self.model.tuner,
             "mechanism": self.model.mechanism,
             "deepspeed": f"ds_configs/{plan.choice.file}.json",
             "global_batch": self.train.global_batch,

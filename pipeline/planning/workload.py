@@ -15,8 +15,6 @@ MMUD_TRAIN = 33_682
 LONGEST = 1.3
 """Longest text of a padded micro-batch over the mean. Of 76 MMUD-like rows with 20 words of frame it was 1.1 for two,
 1.2 for four, 1.3 for twelve: an assumption for MMUD as a whole."""
-FILLED = 0.95
-"""Share of a packed row's tokens that are used. An assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +32,8 @@ class Pass:
 class Workload:
     """samples: of one epoch. *_tokens: means of a sample. pictured: share of samples with a picture in the prompt.
 
-    answers: share of the text that is labelled. masks, pictures: means of a sample. row_tokens: limit of a row, and
-    the length of packed ones.
+    answers: share of the text that is labelled. masks, pictures: means of a sample. max_tokens: limit of a sample.
+    packed: samples lie end to end without padding, each attended to alone.
     """
 
     samples: int = MMUD_TRAIN
@@ -47,7 +45,7 @@ class Workload:
     answers: float = 0.5
     masks: float = 1.0
     pictures: float = 0.25
-    row_tokens: int = 512
+    max_tokens: int = 512
     packed: bool = False
 
     @property
@@ -65,16 +63,13 @@ class Workload:
 
         Memory is what the largest pass needs; time is what the mean one does.
         """
-        longest = min(self.image_tokens + math.ceil(LONGEST * self.text_tokens), self.row_tokens)
-        if self.packed:
-            rows = max(1, math.ceil(samples * self.tokens / (FILLED * self.row_tokens)))
-            tokens, share = self.row_tokens, samples * self.tokens / FILLED / (rows * self.row_tokens)
-        else:
-            rows, tokens = samples, longest
-            # Alone, a sample is as long as itself; together, all are as long as the longest, nearly always a picture's.
-            share = (self.tokens if samples == 1 else longest) / longest
+        longest = LONGEST * self.text_tokens if not self.packed or samples == 1 else self.text_tokens
+        tokens = min(self.image_tokens + math.ceil(longest), self.max_tokens)
+        # A sample that is alone or packed is as long as itself; padded ones are as long as the longest, nearly always
+        # one with a picture. Packed samples do the work of as many rows of their own lengths.
+        share = self.tokens / tokens if samples == 1 or self.packed else 1.0
         size = Pass(
-            rows=rows,
+            rows=samples,
             tokens=tokens,
             labelled=round(self.answers * self.text_tokens * samples),
             masks=math.ceil(self.masks * samples),
