@@ -207,7 +207,7 @@ def test_search_takes_what_fits(large: counting.Parameters) -> None:
 
 
 def test_fit_writes_what_train_reads(tmp_path: Path) -> None:
-    asked = plan_of("--preset", "mini", "--gpu", "4090", "--gpus", "2", "--fit", "--out", str(tmp_path))
+    asked = plan_of("--preset", "mini", "--gpu", "4090", "--gpus", "2", "--global_batch", "8", "--fit")
     plan = asked.fitted()
     command = asked.write(plan, str(tmp_path))
     words = command.split()

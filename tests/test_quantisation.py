@@ -33,8 +33,8 @@ pytest.importorskip("accelerate", reason="pip install -e '.[quant]'")
 
 QUANTS = ("nf4", "int8")
 STEPS = 6
-# Relative to the unquantised loss, at each of the steps below. Measured: MEASURED.
-NEAR = {"nf4": 0.10, "int8": 0.03}
+# Relative to the unquantised loss, at each of STEPS steps. Measured: 2 % and 0.3 % at most.
+NEAR = {"nf4": 0.05, "int8": 0.01}
 
 
 def make(quant: str) -> tuple[NeuralTuner, Any, Any]:
@@ -83,7 +83,6 @@ def runs() -> dict[str, tuple[list[float], NeuralTuner]]:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_losses_are_near_the_unquantised(runs: dict[str, tuple[list[float], NeuralTuner]], quant: str) -> None:
     plain, found = runs["none"][0], runs[quant][0]
-    print(quant, [round(b / a - 1, 4) for a, b in zip(plain, found, strict=True)])
     assert plain[-1] < 0.8 * plain[0], "the batch is learnt, so that nearness means something"
     assert found == pytest.approx(plain, rel=NEAR[quant])
     assert found != plain, "nothing was quantised"
