@@ -195,7 +195,7 @@ def test_search_takes_what_fits(large: counting.Parameters) -> None:
     assert packed.choice.quant == "nf4" and packed.zero.stage < 3 and packed.time.total < cut.time.total
     alone = fastest("4090", ("none",), ranks=1)
     assert alone.choice.file == "z3_offload" and alone.memory.host > 2 * large.base
-    huge = dataclasses.replace(large, clip=10**11)
+    huge = dataclasses.replace(large, clip_bytes=10**12)
     with pytest.raises(ValueError, match="nothing fits: the smallest needs"):
         Planner(
             count=huge,
@@ -241,7 +241,7 @@ def test_what_cannot_be_is_said(flags: tuple[str, ...], message: str) -> None:
 
 def test_devices_by_name() -> None:
     names = {"NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA GeForce RTX 4090": "4090"}
-    names |= {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
+    names |= {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA H200": "H200"}
     for device, name in names.items():
         found = of_device(device)
         assert found is not None and found.name == name

@@ -100,7 +100,7 @@ class Evaluation:
         self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         quantisation.check(trained.model.base_quant, stage=0)
-        llm = parts.load_llm(trained.model, dtype, device)
+        llm = parts.load_llm(trained.model, dtype, device=device)
         self.tuner = parts.make_tuner(trained.model, llm, vision, seed=self.seed).to(device)
         initialise(self.tuner, self.seed)
         mini = self.dataset[0].source == "mini"

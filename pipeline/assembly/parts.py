@@ -89,7 +89,7 @@ def open_split(data: str, split: str) -> MixedDataset:
     return open_data(data, split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+def load_llm(model: ModelArguments, dtype: torch.dtype, *, device: torch.device | None = None) -> PreTrainedModel:
     """The frozen LM in `dtype`, with the attention that transformers chooses.
 
     device: where --base_quant quantises it, matrix by matrix; without quantisation it is loaded into CPU memory.

@@ -28,6 +28,7 @@ class Parameters:
     base: int
     trained: Mapping[str, int]
     clip: int
+    clip_bytes: int
     linears: int
     shapes: tuple[tuple[int, bool], ...]
     """(elements, whether trained) of every parameter of the tuned model, in order: what ZeRO-3 cuts up one by one."""
@@ -81,6 +82,7 @@ def count_parameters(tuner: NeuralTuner, tower: nn.Module) -> Parameters:
         base=sum(p.numel() for _, p in named if not p.requires_grad),
         trained=kinds,
         clip=sum(p.numel() for p in tower.parameters()),
+        clip_bytes=sum(p.numel() * p.element_size() for p in tower.parameters()),
         linears=sum(linears),
         shapes=tuple((p.numel(), p.requires_grad) for _, p in named),
         groups=tuple(groups),

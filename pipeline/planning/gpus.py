@@ -69,6 +69,13 @@ _KINDS = (
         node_rate=1.25 * _GB,  # not in a data sheet: one port of 10 Gbit/s, as workstation boards have
         per_node=4,
     ),
+    Gpu(
+        name="H100-PCIe",
+        device_names=("H100 PCIe",),
+        memory_gib=79.6,
+        memory_rate=2.0 * _TB,
+        **{**_HOPPER, "flops": 756 * _T, "fp32_flops": 51 * _T, "peer_rate": 64 * _GB},
+    ),
     Gpu(name="H100", device_names=("H100",), memory_gib=79.6, memory_rate=3.35 * _TB, **_HOPPER),
     Gpu(name="H200", device_names=("H200",), memory_gib=140.4, memory_rate=4.8 * _TB, **_HOPPER),
 )

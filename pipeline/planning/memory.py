@@ -116,13 +116,14 @@ def states(count: Parameters, zero: Zero, *, quant: str = "none") -> Memory:
     return Memory(
         base_weights=base,
         trained_weights=zero.itemsize * padded,
-        gradients=float(zero.itemsize * gradients),
+        gradients=0.0 if zero.offload_optimizer else float(zero.itemsize * gradients),
         optimizer=0.0 if zero.offload_optimizer else optimizer,
         clip=0.0,
         activations=0.0,
         logits=0.0,
         workspace=0.0,
-        host=optimizer if zero.offload_optimizer else 0.0,
+        # The CPU's Adam has its gradients in fp32.
+        host=optimizer + 4.0 * own if zero.offload_optimizer else 0.0,
     )
 
 
@@ -166,39 +167,38 @@ def _states_cut_up(count: Parameters, zero: Zero) -> Memory:
     )
 
 
-def estimate(
-    count: Parameters, zero: Zero, passed: Traced, vision: Traced, *, quant: str = "none", clip_itemsize: int = 4
-) -> Memory:
+def estimate(count: Parameters, zero: Zero, passed: Traced, vision: Traced, *, quant: str = "none") -> Memory:
     """All parts of one rank's memory at the highest moment of a step.
 
-    passed, vision: the traced pass of one micro-batch and of its pictures. clip_itemsize: bytes per CLIP weight.
+    passed, vision: the traced pass of one micro-batch and of its pictures.
     """
     state = states(count, zero, quant=quant)
-    # The pass's own gradients are part of its peak; what stays of them until the step is counted as `gradients`.
-    pass_peak = max(passed.workspace - zero.itemsize * count.all_trained, 0)
     return Memory(
         base_weights=state.base_weights,
         trained_weights=state.trained_weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        clip=float(clip_itemsize * count.clip),
+        clip=float(count.clip_bytes),
         activations=float(passed.activations + passed.features),
         logits=float(passed.logits),
-        workspace=max(pass_peak, vision.workspace) + _buffers(count, zero, quant),
+        workspace=max(passed.workspace, vision.workspace) + _buffers(count, zero, quant),
         host=state.host,
     )
 
 
 def _buffers(count: Parameters, zero: Zero, quant: str) -> float:
     """Bytes that DeepSpeed's communication and bitsandbytes' dequantisation hold beside the pass."""
-    largest = max(number for number, _ in count.shapes)
     bucket = zero.itemsize * min(zero.bucket, count.all_trained)
+    if quant != "none":
+        # One matrix at a time is made bf16.
+        bucket += zero.itemsize * max(number for number, _ in count.shapes)
     if zero.stage == 2:
         # overlap_comm: one bucket is reduced while the other fills. The step makes fp32 gradients of a rank's share.
         return 2 * bucket + 4 * count.all_trained / zero.ranks
     if zero.stage == 1:
         return bucket + 4 * count.all_trained / zero.ranks
-    gathered = min(zero.live_limit, zero.prefetch + 2 * largest)
+    # Weights stay gathered while they are used again soon: those around the turn from forward to backward.
+    gathered = min(zero.live_limit, sum(number for number, _ in count.shapes)) + zero.prefetch
     return bucket + zero.itemsize * gathered + 4 * count.all_trained / zero.ranks
 
 

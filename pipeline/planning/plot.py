@@ -34,7 +34,7 @@ def draw(curves: Mapping[str, Sequence[tuple[int, Plan]]], title: str, path: Pat
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.set_ylabel("hours of the run")
     right.set_ylabel("MFU in %")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * max(100 * plan.mfu for points in curves.values() for _, plan in points))
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

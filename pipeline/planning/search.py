@@ -69,7 +69,6 @@ class Planner:
     gpu: Gpu
     trace: Tracer
     trace_vision: Callable[[int], Traced]
-    clip_itemsize: int = 4
 
     def plan(self, choice: Choice, zero: Zero) -> Plan:
         """Memory and time of one choice under a filled DeepSpeed configuration."""
@@ -79,7 +78,7 @@ class Planner:
         return Plan(
             choice=choice,
             zero=zero,
-            memory=estimate(self.count, zero, passed, vision, quant=choice.quant, clip_itemsize=self.clip_itemsize),
+            memory=estimate(self.count, zero, passed, vision, quant=choice.quant),
             time=step_time.predict(
                 self.count,
                 zero,
