@@ -18,6 +18,7 @@ from pipeline.assembly import parts
 from pipeline.config import PRESETS, REPO, DataArguments, ModelArguments, from_dict
 from pipeline.data.collate import Collator
 from pipeline.data.tokens import TokenMap
+from pipeline.model import quantisation
 from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.painter import Painter, Sampling
@@ -135,7 +136,8 @@ def load_painter(
 
 def untrained_tuner(trained: Trained, vision: VisionTower, device: torch.device, dtype: torch.dtype) -> NeuralTuner:
     """The checkpoint's model with initial values, `dtype` being that of the frozen LM."""
-    llm = parts.load_llm(trained.model, dtype)
+    quantisation.check(trained.model.base_quant, stage=0)
+    llm = parts.load_llm(trained.model, dtype, device=device)
     tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed).to(device)
     initialise(tuner, trained.seed)
     return tuner
