@@ -45,6 +45,7 @@ class TrainArguments:
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
+    preflight: bool = flag(False, "only check files, batch, disk and memory, load no model; exit code 0 if all is well")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
     def __post_init__(self) -> None:
