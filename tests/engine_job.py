@@ -202,6 +202,7 @@ def main() -> None:
             out.write_text(json.dumps(results))
     finally:
         runtime.close()
+    runtime.leave(0)
 
 
 if __name__ == "__main__":

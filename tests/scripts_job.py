@@ -19,6 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime import engine
+
 PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -53,11 +55,13 @@ def main() -> None:
     sys.path[0] = str(PIPELINE)
     done: dict[str, Any] = {}
     end, dist.destroy_process_group = dist.destroy_process_group, lambda group=None: None
+    leave, engine.leave = engine.leave, sys.exit
     for job in jobs:
         done[job["name"]] = run(job["script"], job["args"], job.get("env", {}))
         target.write_text(json.dumps(done, indent=1))
     if dist.is_initialized():
         end()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +106,21 @@ def test_a_rank_alone_tells_every_failure(capsys: pytest.CaptureFixture[str]) ->
     for _ in range(2):
         tell_failure("no such folder")
         assert capsys.readouterr().err == "no such folder\n"
+
+
+def test_leaving_runs_exit_handlers_but_no_teardown(run_python: Callable[..., Any], tmp_path: Path) -> None:
+    # gloo's threads still hold tensors here: sys.exit would now and then end in abort (-6).
+    script = f"""
+import atexit, sys
+import torch, torch.distributed as dist
+from pipeline.runtime import engine
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore({str(tmp_path / "store")!r}, 1))
+sys.kept = dist.group.WORLD
+atexit.register(print, "handler ran", end="")
+for _ in range(200):
+    dist.all_reduce(torch.ones(200_000), async_op=True)
+engine.close()
+engine.leave(3)
+"""
+    done = run_python("-c", script)
+    assert (done.returncode, done.stdout) == (3, "handler ran"), done.stderr

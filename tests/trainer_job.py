@@ -74,6 +74,7 @@ def main() -> None:
             tracker.close(ended)
     finally:
         runtime.close()
+    runtime.leave(0)
 
 
 if __name__ == "__main__":

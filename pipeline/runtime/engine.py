@@ -7,6 +7,7 @@
     engine.backward(loss)
     engine.step()          # steps the optimizer at the end of a global batch
     close()
+    leave(0)               # instead of sys.exit
 
 DeepSpeed averages gradients over ranks and micro-batches: a loss normalised over the global batch is given to
 `backward` multiplied by world_size * accumulation (see trainer.py).
@@ -14,12 +15,14 @@ DeepSpeed averages gradients over ranks and micro-batches: a loss normalised ove
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -106,6 +109,19 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
         return [" ".join(lines)]
     return [f"DeepSpeed knows no key `{key}`" for key in sorted(set(own) - own.asked)]
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with `status`: exit handlers run and output is flushed, but the interpreter is not torn down.
+
+    DeepSpeed holds its process groups to the end, so gloo's threads outlive destroy_process_group. One that gives back
+    the last reference to a tensor while Python (before 3.14) tears down asks for the GIL, is ended instead, and takes
+    the process with it: "terminate called without an active exception", exit code -6 after a run that went well.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Engine:
