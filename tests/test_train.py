@@ -94,7 +94,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pack = ["--source", "mmud", "--mmud_root", MMUD, "--image_root", MMUD / "images", "--workers", "1"]
     said = world.start(sys.executable, "pipeline/shard_mmud.py", *pack, "--out", world.shards).stdout
     assert "train: 5 samples" in said
-    alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="False")
+    alone = world.flags(world.one, micro_batch=2, gradient_checkpointing="False", register_model="tuned")
     world.start(sys.executable, "pipeline/train.py", *alone, "--deepspeed", "ds_configs/z2.json")
     ranks = world.flags(world.two, micro_batch=1)
     world.start(*launcher(), "pipeline/train.py", *ranks, "--deepspeed", "ds_configs/z3.json")
@@ -326,7 +326,46 @@ def test_evaluation_leaves_the_training_record_alone(world: World, jobs: Mapping
     kept = json.loads((world.two / "mlflow.json").read_text())
     client = mlflow.MlflowClient(kept["uri"])
     assert [metric.step for metric in client.get_metric_history(kept["run_id"], "loss")] == [1, 2, 3, 4]
-    assert client.get_metric_history(kept["run_id"], "valid/tuned/referring_miou")
+    # The newer checkpoint was evaluated first, and the older one counts too; each evaluation has its own files.
+    scores = client.get_metric_history(kept["run_id"], "valid/tuned/referring_miou")
+    assert [metric.step for metric in scores] == [4, 2]
+    run = client.get_run(kept["run_id"])
+    (folder,) = [f for f in client.list_artifacts(kept["run_id"], "evaluation") if "step-4" in f.path]
+    names = {Path(file.path).name for file in client.list_artifacts(kept["run_id"], folder.path)}
+    assert names == {"report.json", "report.md", "contact_sheet.png", "scores.json", "answers.json"}
+    table = client.load_table(run.info.experiment_id, f"{folder.path}/scores.json", [kept["run_id"]])
+    assert table.set_index("score")["tuned"]["referring_miou"] == scores[0].value
+    assert "step-2" in run.data.tags["evaluation"]
+
+
+def test_the_run_in_mlflow_says_what_it_was_made_of(world: World) -> None:
+    import mlflow
+
+    kept = json.loads((world.one / "mlflow.json").read_text())
+    client = mlflow.MlflowClient(kept["uri"])
+    run = client.get_run(kept["run_id"])
+    assert run.data.params["TrainArguments.lr"] == "0.005"
+    assert run.data.params["deepspeed.zero_optimization.stage"] == "2"
+    assert "torch" in run.data.tags["versions"]
+    assert "'world_size': 1" in run.data.tags["start.0"]
+    assert {"run.json"} <= {file.path for file in client.list_artifacts(kept["run_id"])}
+    rates = [client.get_metric_history(kept["run_id"], f"activation/layer_{i:02d}") for i in range(LAYERS)]
+    for rate in rates:
+        # The preset's draw of beta .4: within five of its standard deviations, and a unit more by ties.
+        assert [metric.step for metric in rate] == [1, 2, 3, 4]
+        assert all(0.2 < metric.value < 0.62 for metric in rate)
+    assert 0.2 < run.data.metrics["activation/mean"] <= run.data.metrics["activation/ever"] <= 1
+    assert run.data.metrics["grad_norm_max"] >= run.data.metrics["grad_norm"] > 0
+
+    # The registered model is the checkpoint without the optimizer's state; --checkpoint takes it.
+    (version,) = client.search_model_versions("name = 'tuned'")
+    assert version.run_id == kept["run_id"]
+    folder = Path(client.download_artifacts(kept["run_id"], "model/checkpoint-4", str(world.root)))
+    assert verify(folder) == []
+    assert read_state(folder)["step"] == 4
+    weights = (world.one / "checkpoint-4" / "trained.safetensors").read_bytes()
+    assert (folder / "trained.safetensors").read_bytes() == weights
+    assert not (folder / "optimizer.safetensors").exists()
 
 
 @pytest.mark.parametrize(

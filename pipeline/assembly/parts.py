@@ -75,6 +75,7 @@ def make_collator(
         referring_objects=data.referring_objects,
         seed=seed,
         tasks=data.task_names,
+        pack_tokens=data.row_tokens,
     )
 
 
@@ -89,15 +90,17 @@ def open_split(data: str, split: str) -> MixedDataset:
     return open_data(data, split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype, *, device: torch.device | None = None) -> PreTrainedModel:
-    """The frozen LM in `dtype`, with the attention that transformers chooses.
+def load_llm(
+    model: ModelArguments, dtype: torch.dtype, attn: str | None = None, *, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The frozen LM in `dtype`. attn: transformers' name of an attention implementation; None for its choice.
 
     device: where --base_quant quantises it, matrix by matrix; without quantisation it is loaded into CPU memory.
     """
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
     quantised = quantisation.options(model.base_quant, dtype, device or torch.device("cpu"))
-    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, **quantised)
+    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn, **quantised)
 
 
 def make_tuner(
