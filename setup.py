@@ -32,8 +32,8 @@ CORE = [
 ]
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
-QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
 DEMO = ["gradio>=6"]
+QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
 EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", *QUANT],

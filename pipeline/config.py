@@ -43,8 +43,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
-    "packing": True,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "full",
     "bf16": "true",
     "global_batch": 12,
     "epochs": 10.0,

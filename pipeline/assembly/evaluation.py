@@ -15,7 +15,7 @@ from pipeline.assembly.loading import check_base, default_dtype, load_painter, o
 from pipeline.config import REPO, EvalArguments
 from pipeline.mini import grammar
 from pipeline.model.painter import Sampling
-from pipeline.runtime.checkpoint import load_trained
+from pipeline.runtime.checkpoint import is_exported, load_trained
 from pipeline.runtime.evaluator import Evaluator, Prediction
 from pipeline.runtime.journal import METRICS
 from pipeline.runtime.provenance import git_state, package_versions
@@ -39,6 +39,8 @@ class Evaluation:
     def __init__(self, args: EvalArguments, device: torch.device) -> None:
         self.args, self.device = args, device
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
+        if is_exported(trained.folder) and not args.report_dir:
+            raise ValueError(f"--report_dir names the folder of the report: {trained.folder} is an export, not a run")
         self.folder = Path(args.report_dir or trained.folder.parent)
         check_base(trained)
         self.dataset = parts.open_split(trained.data.data, args.split)

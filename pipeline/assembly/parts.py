@@ -91,11 +91,12 @@ def open_split(data: str, split: str) -> MixedDataset:
 
 
 def load_llm(
-    model: ModelArguments, dtype: torch.dtype, attn: str | None = None, *, device: torch.device | None = None
+    model: ModelArguments, dtype: torch.dtype, *, attn: str | None = None, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """The frozen LM in `dtype`. attn: transformers' name of an attention implementation; None for its choice.
+    """The frozen LM in `dtype`.
 
-    device: where --base_quant quantises it, matrix by matrix; without quantisation it is loaded into CPU memory.
+    attn: transformers' name of an attention implementation; None for its choice. device: where --base_quant quantises
+    it, matrix by matrix; without quantisation it is loaded into CPU memory.
     """
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
@@ -104,7 +105,7 @@ def load_llm(
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: str = "none"
 ) -> NeuralTuner:
     """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
     layers = llm.config.num_hidden_layers
@@ -134,8 +135,8 @@ def make_tuner(
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
     )
-    if gradient_checkpointing:
-        enable_checkpointing(llm)
+    if gradient_checkpointing != "none":
+        enable_checkpointing(llm, gradient_checkpointing)
     return tuner
 
 

@@ -280,8 +280,8 @@ def prepare_tuner(
 ) -> NeuralTuner:
     """The tuned model with its initial values, on this rank's device, in the precision of training."""
     bf16 = train.use_bf16(ranks.device.type)
-    attn = attention(train.attn, data.packing)
-    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32, attn, device=ranks.device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=ranks.device)
     tuner = parts.make_tuner(model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing)
     initialise(tuner, train.seed)
     return tuner

@@ -48,11 +48,6 @@ def load(data: bytes, draft: int | None = None) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture is cut or damaged: {str(error)[:80]}") from None
-    return as_rgb(image)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture in memory as RGB, alpha laid over white, 16 bits brought to 8."""
     if image.mode.startswith("I"):
         # convert() would clip 16-bit grey at 255 and leave a white picture.
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -75,22 +70,22 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def to_pixels(data: bytes, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """CLIP's input [3, image_size, image_size], float32. `mean` and `std` are per channel, of values in 0..1."""
-    return normalise([squash(data, image_size)], mean=mean, std=std)[0]
+    return normalise([to_square(data, image_size)], mean=mean, std=std)[0]
 
 
 def pixels_of(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """As to_pixels, of an RGB picture in memory."""
-    return normalise([squash_image(image, image_size)], mean=mean, std=std)[0]
+    return normalise([squash(image, image_size)], mean=mean, std=std)[0]
 
 
-def squash(data: bytes, image_size: int) -> torch.Tensor:
-    """The picture as bytes, uint8 [3, image_size, image_size]."""
+def to_square(data: bytes, image_size: int) -> torch.Tensor:
+    """The first half of to_pixels: the picture in bytes, uint8 [3, image_size, image_size]."""
     # Twice the wanted side leaves the bicubic filter something to average, so drafting costs no quality.
-    return squash_image(load(data, draft=2 * image_size), image_size)
+    return squash(load(data, draft=2 * image_size), image_size)
 
 
-def squash_image(image: Image.Image, image_size: int) -> torch.Tensor:
-    """As squash, of an RGB picture in memory.
+def squash(image: Image.Image, image_size: int) -> torch.Tensor:
+    """An RGB picture in bytes, uint8 [3, image_size, image_size].
 
     torch's bicubic filter on bytes is PIL's, which open_clip takes, in a fifth of the time. Its weights are rounded
     otherwise: three bytes in a hundred differ, almost all of them by 1.
@@ -102,7 +97,7 @@ def squash_image(image: Image.Image, image_size: int) -> torch.Tensor:
 
 
 def normalise(pictures: Sequence[torch.Tensor], *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """CLIP's input [B,3,S,S], float32, of B >= 1 pictures from squash."""
+    """CLIP's input [B,3,S,S], float32, of B >= 1 pictures from to_square: the second half of to_pixels."""
     mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (mean, std))
     scale_C11, shift_C11 = 1 / (255 * std_C11), -mean_C11 / std_C11
     pixels_BCHW = torch.empty(len(pictures), *pictures[0].shape)

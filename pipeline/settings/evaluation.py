@@ -14,7 +14,7 @@ from pipeline.settings.checks import need
 class EvalArguments:
     """Scoring of a checkpoint."""
 
-    checkpoint: str = flag("", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini")
+    checkpoint: str = flag("", "checkpoint, run or exported folder; empty: runs/mini, else runs/quickstart")
     split: str = flag("test", "split of the data set")
     eval_batch: int = flag(32, "prompts per rank decoded together")
     max_new_tokens: int = flag(64, "tokens of an answer at most")
