@@ -96,7 +96,7 @@ class Planning:
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
             max_tokens=self.data.max_length,
-            packed=self.args.packed,
+            packed=self.data.packing,
         )
 
     @cached_property
@@ -218,6 +218,7 @@ class Planning:
             "micro_batch": plan.choice.micro_batch,
             "gradient_checkpointing": plan.choice.checkpointing,
             "base_quant": plan.choice.quant,
+            "packing": self.data.packing,
         }
         return flags
 
