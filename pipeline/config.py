@@ -17,7 +17,9 @@ from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
+from pipeline.settings.plan import PlanArguments
 from pipeline.settings.prior import PRIOR_PRESETS, PriorArguments
 from pipeline.settings.train import RunArguments, TrainArguments
 
@@ -26,8 +28,13 @@ __all__ = [
     "REPO",
     "AblationArguments",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "LoadArguments",
     "ModelArguments",
+    "PlanArguments",
     "PriorArguments",
     "RunArguments",
     "TrainArguments",
@@ -39,7 +46,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "full",
     "bf16": "true",
     "global_batch": 12,
     "epochs": 10.0,
@@ -108,7 +115,7 @@ def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str
     """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be.
 
     Presets count where ModelArguments or PriorArguments are asked for; a script that takes the model from a checkpoint
-    has none.
+    has none. The paths that a preset leaves open must be given, except for a plan, which reads no weights and no data.
     """
     of_prior = PriorArguments in kinds
     from_preset = ModelArguments in kinds or of_prior
@@ -119,7 +126,7 @@ def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str
         every_kind=KINDS,
         preset=model_preset if from_preset else None,
         peek=("preset", "config", *(() if of_prior else ("mechanism",))) if from_preset else (),
-        check=_check_required if from_preset else None,
+        check=_check_required if from_preset and PlanArguments not in kinds else None,
         description=description,
     )
 

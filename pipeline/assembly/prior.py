@@ -94,7 +94,7 @@ class PriorPlan:
         """The transformer with initial values by the seed, the same on every rank."""
         torch.manual_seed(self.run.seed)
         model = PriorTuner(ImagePrior(config), self.args.condition_noise).to(self.ranks.device)
-        if self.run.gradient_checkpointing:
+        if self.args.gradient_checkpointing:
             model.prior.transformer.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 

@@ -56,6 +56,7 @@ class PriorArguments:
     condition_slots: int = flag(1, "places in front of the codes that hold the condition")
     condition_noise: float = flag(0.0, "length of the noise added to half of the unit-length conditions")
     dropout: float = flag(0.0, "dropout of the transformer, 0 to < 1")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
     num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
     shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
     max_bad_share: float = flag(0.01, "share of unreadable samples at which training stops, 0 to 1")

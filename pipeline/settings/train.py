@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.runtime.command_line import flag
 from pipeline.settings.checks import REPO, need
@@ -29,7 +30,6 @@ class RunArguments:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     seed: int = flag(0, "of initial values, sample order and draws")
     bf16: str = flag("auto", "train in bfloat16 with fp32 master weights: auto (on a GPU), true, false")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
     logging_steps: int = flag(10, "steps between lines of metrics")
     save_steps: int = flag(500, "steps between checkpoints; 0: only at the end")
     save_total_limit: int = flag(2, "checkpoints kept; 0: all")
@@ -66,15 +66,23 @@ class RunArguments:
 class TrainArguments(RunArguments):
     """The run that tunes: its losses and learning rates besides."""
 
-    lr_sparse: float | None = flag(None, "the same for the sparse networks; unset: lr")
-    lr_adapter: float | None = flag(None, "the same for LoRA or IA3 in their place; unset: lr")
-    lr_projector: float | None = flag(None, "the same for the image projector; unset: lr")
-    lr_tokens: float | None = flag(None, "the same for the new tokens' rows; unset: lr")
-    lr_mask: float | None = flag(None, "the same for the mask decoder; unset: lr")
-    lr_clip: float | None = flag(None, "the same for the CLIP head; unset: lr")
+    lr_sparse: float | None = flag(None, "peak learning rate of the sparse networks; unset: lr")
+    lr_adapter: float | None = flag(None, "peak learning rate of LoRA or IA3 in their place; unset: lr")
+    lr_projector: float | None = flag(None, "peak learning rate of the image projector; unset: lr")
+    lr_tokens: float | None = flag(None, "peak learning rate of the new tokens' rows; unset: lr")
+    lr_mask: float | None = flag(None, "peak learning rate of the mask decoder; unset: lr")
+    lr_clip: float | None = flag(None, "peak learning rate of the CLIP head; unset: lr")
+    gradient_checkpointing: Literal["none", "attention", "full"] = flag(
+        "none",
+        "activations recomputed in the backward pass: none, each layer's attention, or whole layers (least memory)",
+    )
+    attn: Literal["auto", "sdpa_varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = flag(
+        "auto", "the LM's attention while training; auto: sdpa_varlen if --packing, else what transformers takes"
+    )
     lambda_seg: float = flag(1.0, "weight of the masks' Dice loss")
     lambda_gen: float = flag(10.0, "weight of the pictures' CLIP embedding loss (MSE)")
     lambda_bce: float = flag(0.0, "weight of the masks' pixel loss (BCE)")
+    preflight: bool = flag(False, "only check files, batch, disk and memory, load no model; exit code 0 if all is well")
     register_model: str = flag("", "when done, the tuned weights become a version of this registered model of MLflow")
     mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
 
