@@ -52,7 +52,7 @@ def load(data: bytes, draft: int | None = None) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as RGB: alpha laid over white, 16 bits brought to 8."""
+    """A picture in memory as RGB, alpha laid over white, 16 bits brought to 8."""
     if image.mode.startswith("I"):
         # convert() would clip 16-bit grey at 255 and leave a white picture.
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
