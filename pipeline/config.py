@@ -17,7 +17,9 @@ from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
+from pipeline.settings.plan import PlanArguments
 from pipeline.settings.train import TrainArguments
 
 __all__ = [
@@ -25,8 +27,13 @@ __all__ = [
     "REPO",
     "AblationArguments",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "LoadArguments",
     "ModelArguments",
+    "PlanArguments",
     "TrainArguments",
     "from_dict",
     "parse",
@@ -36,8 +43,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
-    "packing": True,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "full",
     "bf16": "true",
     "global_batch": 12,
     "epochs": 10.0,
@@ -96,7 +102,8 @@ _T = TypeVar("_T")
 def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be.
 
-    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none.
+    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none. The
+    paths that a preset leaves open must be given, except for a plan, which reads no weights and no data.
     """
     from_preset = ModelArguments in kinds
     return command_line.parse(
@@ -105,7 +112,7 @@ def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str
         every_kind=KINDS,
         preset=preset_values if from_preset else None,
         peek=("preset", "config", "mechanism") if from_preset else (),
-        check=_check_required if from_preset else None,
+        check=_check_required if from_preset and PlanArguments not in kinds else None,
         description=description,
     )
 

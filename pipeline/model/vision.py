@@ -8,6 +8,7 @@ Shape suffixes: B batch, N patches, C width, E embedding width; S picture side.
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -90,6 +91,22 @@ class VisionTower(nn.Module):
             )
         return cls(clip, open_clip.get_tokenizer(model), taps)
 
+    @classmethod
+    def skeleton(cls, model: str, *, taps: Sequence[int] | None = None) -> VisionTower:
+        """The tower without weights, on the meta device, to be counted; it knows shapes and cannot read texts."""
+        root = logging.getLogger()
+        level = root.level
+        # open_clip warns of random weights, of which there are none here either.
+        root.setLevel(logging.ERROR)
+        try:
+            with torch.device("meta"):
+                clip = open_clip.create_model(model, device="meta", load_weights=False)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise ValueError(f"--clip {model}: give an open_clip model name or local-dir:FOLDER ({error})") from error
+        finally:
+            root.setLevel(level)
+        return cls(clip, _no_texts, taps)
+
     def train(self, mode: bool = True) -> VisionTower:
         """Stays in eval mode: the tower is frozen."""
         return super().train(False)
@@ -118,6 +135,10 @@ class VisionTower(nn.Module):
 def new_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """A CLIP with random weights to be trained: open_clip's class, from the `model_cfg` of an open_clip_config.json."""
     return open_clip.CLIP(**model_cfg)
+
+
+def _no_texts(texts: list[str]) -> Tensor:
+    raise AssertionError("a CLIP without weights reads no texts")
 
 
 def _has_quick_gelu(clip: Any) -> bool:

@@ -9,6 +9,8 @@ Letters in shapes: B batch, S picture side, G side of the code grid, N = G * G c
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +65,10 @@ class VQGAN(nn.Module):
             "resolution": config.resolution,
             "z_channels": config.z_channels,
         }
-        self.encoder = Encoder(double_z=False, **shape)
-        self.decoder = Decoder(**shape)
+        # taming prints the shape of its codes; standard output is for answers.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.encoder = Encoder(double_z=False, **shape)
+            self.decoder = Decoder(**shape)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.eps = config.norm_eps
