@@ -35,7 +35,7 @@ from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.validation import ValidationLoss
 
 MINI_SHARDS = REPO / "shards" / "mini"
-_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir")
+_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir", "task_module")
 _LOCAL_CLIP = "local-dir:"
 
 
