@@ -18,6 +18,7 @@ CORE = [
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",
     "fsspec>=2024.2",  # shards behind URLs; s3:// wants s3fs besides, gs:// gcsfs
+    "filelock>=3.12",
     "safetensors>=0.5",
     "pycocotools>=2.0.8",
     "scipy>=1.11",
@@ -35,8 +36,10 @@ EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
     "demo": ["gradio>=5"],
+    "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
+        "peft>=0.18",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pipeline.mini.grammar import IMAGE_PREFIX
 from pipeline.runtime import command_line
+from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
@@ -22,6 +23,7 @@ from pipeline.settings.train import TrainArguments
 __all__ = [
     "PRESETS",
     "REPO",
+    "AblationArguments",
     "DataArguments",
     "EvalArguments",
     "ModelArguments",

@@ -162,6 +162,8 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
             clip_weights=os.path.relpath(world.clip, REPO),
             data=os.path.relpath(world.shards, REPO),
         ),
+        train("lora", tuner="lora", max_steps=2),
+        train("ia3", tuner="ia3", max_steps=2, deepspeed="ds_configs/z3.json"),
         evaluate("no run", world.root / "nowhere"),
         evaluate("wrong base", world.two, "--base", world.other_base),
         evaluate("scores", world.two, "--condition", "all", "--report_dir", world.root / "scores"),
@@ -169,6 +171,7 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
             "forced", world.two / "checkpoint-2", "--protocol", "teacher-forced", "--report_dir", world.root / "forced"
         ),
         evaluate("scores released", world.root / "released", "--limit", "1"),
+        evaluate("scores lora", world.root / "lora", "--limit", "1"),
     ]
     (world.root / "plan.json").write_text(json.dumps(plan))
     world.start(sys.executable, "tests/scripts_job.py", world.root / "plan.json", world.root / "facts.json")
@@ -233,6 +236,21 @@ def test_released_mechanism_trains_and_is_recorded(world: World, jobs: Mapping[s
     tuned = {name.split(".")[3] for name in weights if ".network." in name}
     assert tuned == {"1", "2", "3"}
     assert jobs["scores released"]["code"] == 0, jobs["scores released"]["err"]
+
+
+def test_peft_adapters_train_in_the_same_pipeline(world: World, jobs: Mapping[str, Any]) -> None:
+    trained = {}
+    for tuner in ("lora", "ia3"):
+        assert jobs[tuner]["code"] == 0, jobs[tuner]["err"]
+        # Before the first step all three leave the LM as it was: the first loss is the neural tuner's.
+        first = losses(world.root / tuner)[0]["loss"]
+        assert first == pytest.approx(losses(world.one)[0]["loss"], rel=ACROSS)
+        trained[tuner] = load_file(world.root / tuner / "checkpoint-2" / "trained.safetensors")
+        assert not [name for name in trained[tuner] if ".network." in name or "base_layer" in name]
+    assert {name.split(".")[-3] for name in trained["lora"] if ".adapted." in name} == {"lora_A", "lora_B"}
+    assert all(value.any() for name, value in trained["lora"].items() if "lora_B" in name)
+    assert any((value != 1).any() for name, value in trained["ia3"].items() if "ia3_l" in name)
+    assert jobs["scores lora"]["code"] == 0, jobs["scores lora"]["err"]
 
 
 def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

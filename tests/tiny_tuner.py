@@ -41,13 +41,17 @@ def base(name="llama"):
     return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
 
 
-def build(name="llama", *, fill=True, train_embeddings="new", first_layer=0, **options):
+def build(name="llama", *, fill=True, train_embeddings="new", first_layer=0, adapt=None, **options):
+    """`adapt` puts something else than sparse networks into the LM."""
     llm = base(name)
 
     def make(index, hidden, out_features):
         return SparseNetwork(hidden, 16, out_features, layer_index=index, **options)
 
-    tune_layers(llm, first_layer=first_layer, projections="qv", make_network=make)
+    if adapt is None:
+        tune_layers(llm, first_layer=first_layer, projections="qv", make_network=make)
+    else:
+        adapt(llm)
     tuner = NeuralTuner(
         llm,
         max_objects=OBJECTS,

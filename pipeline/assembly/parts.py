@@ -20,6 +20,7 @@ from pipeline.data.collate import Collator
 from pipeline.data.mixture import MixedDataset, open_data
 from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
+from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
 from pipeline.model.sparse import SparseNetwork
@@ -104,23 +105,7 @@ def make_tuner(
     if first >= layers:
         raise ValueError(f"--first_tuned_layer {first}: the LM has {layers} layers, counted from 0")
 
-    def network(index: int, hidden: int, out_features: dict[str, int]) -> SparseNetwork:
-        return SparseNetwork(
-            hidden,
-            model.z_dim,
-            out_features,
-            alpha=model.alpha,  # type: ignore[arg-type]
-            beta=model.beta,
-            activation=model.activation,  # type: ignore[arg-type]
-            norm=bool(model.sparse_norm),
-            inference_sparsity=bool(model.inference_sparsity),
-            pattern=model.activation_pattern,
-            layer_index=index,
-            depth=(index - first, layers - first),
-            seed=seed,
-        )
-
-    tune_layers(llm, first_layer=first, projections=model.projections, make_network=network)
+    _tune(model, llm, first, seed)
     hidden = llm.config.hidden_size
     rows = llm.get_input_embeddings().weight
     tuner = NeuralTuner(
@@ -144,6 +129,36 @@ def make_tuner(
     if gradient_checkpointing:
         enable_checkpointing(llm)
     return tuner
+
+
+def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) -> None:
+    """Puts into the LM what --tuner names, from layer `first` on."""
+    layers = llm.config.num_hidden_layers
+
+    def network(index: int, hidden: int, out_features: dict[str, int]) -> SparseNetwork:
+        return SparseNetwork(
+            hidden,
+            model.z_dim,
+            out_features,
+            alpha=model.alpha,  # type: ignore[arg-type]
+            beta=model.beta,
+            activation=model.activation,  # type: ignore[arg-type]
+            norm=bool(model.sparse_norm),
+            inference_sparsity=bool(model.inference_sparsity),
+            pattern=model.activation_pattern,
+            layer_index=index,
+            depth=(index - first, layers - first),
+            seed=seed,
+        )
+
+    if model.tuner == "neural":
+        tune_layers(llm, first_layer=first, projections=model.projections, make_network=network)
+    elif model.tuner == "lora":
+        rank = model.lora_rank or matched_rank(llm, first_layer=first, projections=model.projections, z_dim=model.z_dim)
+        alpha = model.lora_alpha or 2.0 * rank
+        add_lora(llm, first_layer=first, projections=model.projections, rank=rank, alpha=alpha)
+    else:
+        add_ia3(llm, first_layer=first)
 
 
 def _rms(table: Any) -> float:

@@ -276,6 +276,8 @@ def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ran
         path = write_json(Path(output_dir) / "run.json", record)
         tracker.log_params(flatten(record["config"]))
         tracker.set_tags({"git": record["git"], "versions": record["versions"], "base": record["base"]})
+        if parent := record["config"]["TrainArguments"]["mlflow_parent"]:
+            tracker.set_tags({"mlflow.parentRunId": parent})
         tracker.log_artifact(path)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
 from pipeline.model import losses
+from pipeline.model.adapters import AdaptedProjection
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
 from pipeline.model.embedding import ExtendedHead, NewTokenEmbedding, install_new_tokens
 from pipeline.model.generation import (
@@ -34,13 +35,13 @@ from pipeline.model.generation import (
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.model.sparse import SparseNetwork
 
-KINDS = ("sparse", "projector", "tokens", "mask_decoder", "clip_head")
+KINDS = ("sparse", "adapter", "projector", "tokens", "mask_decoder", "clip_head")
 """The trained parts; each can have a learning rate of its own."""
 TASKS = ("reasoning", "referring", "caption", "generation")
 
 
 class NeuralTuner(nn.Module):
-    """An LM already wrapped by `tune_layers`, with everything else that is trained around it. CLIP stays outside."""
+    """An LM already wrapped by `tune_layers` or adapted by PEFT, and all else that is trained. CLIP stays outside."""
 
     llm: Any
 
@@ -88,9 +89,11 @@ class NeuralTuner(nn.Module):
                 kind, whole = "tokens", self.train_embeddings == "all"
             elif module in (self.projector, self.mask_decoder, self.clip_head):
                 kind = name
-            if not kind:
-                continue
-            for path, parameter in module.named_parameters(prefix=name, recurse=whole):
+            if isinstance(module, AdaptedProjection):
+                kind, own = "adapter", module.adapter_parameters(name)
+            else:
+                own = module.named_parameters(prefix=name, recurse=whole)
+            for path, parameter in own if kind else ():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield kind, path, parameter

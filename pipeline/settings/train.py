@@ -22,6 +22,7 @@ class TrainArguments:
     max_steps: int = flag(-1, "optimizer steps; above 0 it counts instead of epochs")
     lr: float = flag(1e-4, "peak learning rate of AdamW")
     lr_sparse: float | None = flag(None, "the same for the sparse networks; unset: lr")
+    lr_adapter: float | None = flag(None, "the same for LoRA or IA3 in their place; unset: lr")
     lr_projector: float | None = flag(None, "the same for the image projector; unset: lr")
     lr_tokens: float | None = flag(None, "the same for the new tokens' rows; unset: lr")
     lr_mask: float | None = flag(None, "the same for the mask decoder; unset: lr")
@@ -45,6 +46,7 @@ class TrainArguments:
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
+    mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class TrainArguments:
         """A learning rate for each trained part; None means lr."""
         return {
             "sparse": self.lr_sparse,
+            "adapter": self.lr_adapter,
             "projector": self.lr_projector,
             "tokens": self.lr_tokens,
             "mask_decoder": self.lr_mask,
