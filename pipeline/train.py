@@ -45,7 +45,7 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     if ranks.is_main:
         print(plan.describe(resume))
 
-    tuner = assembly.prepare_tuner(model, train, vision, ranks)
+    tuner = assembly.prepare_tuner(model, data, train, vision, ranks)
     groups = tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates)
     engine = runtime.Engine(tuner, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
     first, run_id = 0, None

@@ -118,7 +118,8 @@ class Evaluation:
             print("No --vqgan and --prior: pictures are neither drawn nor scored.")
         self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.tuner = parts.make_tuner(trained.model, parts.load_llm(trained.model, dtype), vision, seed=self.seed).to(
+        llm = parts.load_llm(trained.model, dtype)
+        self.tuner = parts.make_tuner(trained.model, llm, vision, seed=self.seed, tasks=trained.data.task_names).to(
             device
         )
         initialise(self.tuner, self.seed)

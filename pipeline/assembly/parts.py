@@ -7,6 +7,7 @@ its weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.data.tokens import TokenMap
 from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
+from pipeline.model.heads import HEADS
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -96,9 +98,15 @@ def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+    model: ModelArguments,
+    llm: PreTrainedModel,
+    tower: VisionTower,
+    *,
+    seed: int,
+    tasks: Sequence[str] = tuple(TASKS),
+    gradient_checkpointing: bool = False,
 ) -> NeuralTuner:
-    """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
+    """The tuned model around a loaded LM, with the decoders that `tasks` bring along; `initialise` writes its values."""
     layers = llm.config.num_hidden_layers
     first = model.first_tuned_layer
     assert first is not None
@@ -125,6 +133,7 @@ def make_tuner(
         clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
+        heads={name: HEADS[name](hidden, tower.width) for name in tasks if name in HEADS},
     )
     if gradient_checkpointing:
         enable_checkpointing(llm)

@@ -252,11 +252,20 @@ def pack_mini(ranks: Ranks) -> None:
         pack(source, split, MINI_SHARDS, workers=2, progress=ranks.is_main, wait=True)
 
 
-def prepare_tuner(model: ModelArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks) -> NeuralTuner:
+def prepare_tuner(
+    model: ModelArguments, data: DataArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks
+) -> NeuralTuner:
     """The tuned model with its initial values, on this rank's device, in the precision of training."""
     bf16 = train.use_bf16(ranks.device.type)
     llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32)
-    tuner = parts.make_tuner(model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing)
+    tuner = parts.make_tuner(
+        model,
+        llm,
+        vision,
+        seed=train.seed,
+        tasks=data.task_names,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
     initialise(tuner, train.seed)
     return tuner
 

@@ -12,14 +12,14 @@ Shape suffixes: B batch, T tokens, D hidden, N labelled tokens, M masks, G pictu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
+from pipeline.data.batch import IGNORE, Batch, ObjectValues, PromptBatch, VisionFeatures
 from pipeline.model import losses
 from pipeline.model.adapters import AdaptedProjection
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
@@ -32,10 +32,11 @@ from pipeline.model.generation import (
     recorded_states,
     until_end,
 )
+from pipeline.model.heads import TaskHead
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.model.sparse import SparseNetwork
 
-KINDS = ("sparse", "adapter", "projector", "tokens", "mask_decoder", "clip_head")
+KINDS = ("sparse", "adapter", "projector", "tokens", "mask_decoder", "clip_head", "heads")
 """The trained parts; each can have a learning rate of its own."""
 TASKS = ("reasoning", "referring", "caption", "generation")
 
@@ -55,17 +56,20 @@ class NeuralTuner(nn.Module):
         clip_head: ClipHead,
         train_embeddings: str = "new",
         tasks: Sequence[str] = TASKS,
+        heads: Mapping[str, TaskHead] | None = None,
     ) -> None:
         """Installs max_objects + 1 new tokens in the LM and freezes all but the trained parts.
 
         train_embeddings: "new", the new tokens' rows (paper); "all", the LM's tables as well (released). tasks: names
-        that forward's sums are split by. Run `pipeline.model.initialise.initialise` on the result.
+        that forward's sums are split by. heads: the tasks' own decoders. Run
+        `pipeline.model.initialise.initialise` on the result.
         """
         super().__init__()
         if train_embeddings not in ("new", "all"):
             raise ValueError(f"train_embeddings must be 'new' or 'all', not {train_embeddings!r}")
         embedding, _ = install_new_tokens(llm, max_objects + 1)
         self.llm, self.projector, self.mask_decoder, self.clip_head = llm, projector, mask_decoder, clip_head
+        self.heads = nn.ModuleDict(heads or {})
         self.max_objects, self.train_embeddings, self.tasks = max_objects, train_embeddings, tuple(tasks)
         self.first_object = embedding.n_base
         self.image_id = embedding.n_base + embedding.n_new
@@ -89,6 +93,8 @@ class NeuralTuner(nn.Module):
                 kind, whole = "tokens", self.train_embeddings == "all"
             elif module in (self.projector, self.mask_decoder, self.clip_head):
                 kind = name
+            elif isinstance(module, TaskHead):
+                kind = "heads"
             if isinstance(module, AdaptedProjection):
                 kind, own = "adapter", module.adapter_parameters(name)
             else:
@@ -197,12 +203,30 @@ class NeuralTuner(nn.Module):
         ce, dice, bce, mse = ce_N.sum(), dice_M.sum(), bce_M.sum(), mse_G.sum()
         loss = losses.share(ce, norms.tokens) + weights.seg * losses.share(dice, norms.masks)
         loss = loss + weights.bce * losses.share(bce, norms.masks) + weights.gen * losses.share(mse, norms.pictures)
+        sums = {}
+        for task, head in self.heads.items():
+            each_N = self._value_losses(head, batch.values.get(task), features, rows_M, states_MD)
+            number = 0 if task not in batch.values else batch.values[task].targets.shape[0]
+            loss = loss + head.weight * losses.share(each_N.sum(), norms.values.get(task, 0.0))
+            sums[f"value/{task}"] = each_N.sum().detach()
+            sums[f"values/{task}"] = torch.tensor(float(number), device=device)
         counts = {"tokens": n_tokens, "masks": n_masks, "pictures": n_pictures}
-        sums = {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
+        sums |= {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
         sums |= {name: torch.tensor(float(count), device=device) for name, count in counts.items()}
         sums |= self._by_task("ce", "tokens", batch.tasks, rows_N[:n_tokens], ce_N[:n_tokens])
         sums |= self._by_task("dice", "masks", batch.tasks, rows_M[:n_masks], dice_M[:n_masks])
         return loss, sums
+
+    @staticmethod
+    def _value_losses(
+        head: Any, wanted: ObjectValues | None, features: VisionFeatures, rows_M: Tensor, states_MD: Tensor
+    ) -> Tensor:
+        """[N] losses of a task's own decoder on its <OBJ-i>; one of weight zero when the batch holds none."""
+        if wanted is None or not wanted.targets.shape[0]:
+            values_1W = head(features.select(rows_M[:1]), states_MD[:1])
+            return head.losses(values_1W, torch.zeros_like(values_1W)) * 0.0
+        values_NW = head(features.select(rows_M[wanted.places]), states_MD[wanted.places])
+        return head.losses(values_NW, wanted.targets)
 
     def _by_task(self, name: str, count: str, tasks: list[str], rows: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Sums and counts of values [n] (of the batch's rows [n]) for each task."""
@@ -289,14 +313,18 @@ class NeuralTuner(nn.Module):
                 rows_G.append(row)
                 places_G.append(found.picture)
         wanted = [torch.tensor(x, dtype=torch.long, device=device) for x in (rows_M, places_M, rows_G, places_G)]
-        masks = self._masks(features, *_states_at(states_BLD, wanted[0], wanted[1])).float()
+        mask_rows, mask_states = _states_at(states_BLD, wanted[0], wanted[1])
+        masks = self._masks(features, mask_rows, mask_states).float()
         embeddings = self.clip_head(_states_at(states_BLD, wanted[2], wanted[3])[1]).float()
         for i, row in enumerate(rows_G):
             results[row].embedding = embeddings[i]
         first = 0
-        for result in results:
+        for row, result in enumerate(results):
             if count := len(result.object_numbers):
                 result.mask_logits = masks[first : first + count]
+                if (task := prompts.tasks[row]) in self.heads:
+                    own = slice(first, first + count)
+                    result.values = self.heads[task](features.select(mask_rows[own]), mask_states[own]).float()
                 first += count
         return results
 

@@ -188,6 +188,7 @@ class Evaluator:
                 task=task,
                 text=self.token_map.decode(generation.ids),
                 masks=full_masks(generation, reference["size"]),
+                values=_by_number(generation),
                 reference=reference,
             )
             for key, task, reference, generation in zip(
@@ -245,6 +246,16 @@ def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, 
     for number, mask in zip(generation.object_numbers, large.cpu().numpy().astype(np.uint8), strict=True):
         masks[number - 1] = rle.encode(mask)
     return masks
+
+
+def _by_number(generation: Generation) -> list[list[float] | None]:
+    """The task's own values of each <OBJ-i>, by token number; None for a missing number."""
+    if generation.values is None:
+        return []
+    values: list[list[float] | None] = [None] * max(generation.object_numbers)
+    for number, row in zip(generation.object_numbers, generation.values.tolist(), strict=True):
+        values[number - 1] = row
+    return values
 
 
 def _chunks(rows: Sequence[Any], size: int) -> Iterable[list[Any]]:
