@@ -36,6 +36,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
+    "packing": True,
     "gradient_checkpointing": True,
     "bf16": "true",
     "global_batch": 12,

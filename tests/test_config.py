@@ -60,11 +60,12 @@ def test_flag_over_yaml_over_preset_over_mechanism(tmp_path: Path) -> None:
 
 def test_large_presets_hold_the_papers_settings() -> None:
     for preset in ("7b", "13b"):
-        model, _, train = parse(ModelArguments, DataArguments, TrainArguments, argv=["--preset", preset, *LARGE])
+        model, data, train = parse(ModelArguments, DataArguments, TrainArguments, argv=["--preset", preset, *LARGE])
         assert (model.alpha, model.beta, model.z_dim, model.image_merge) == (0.9, 0.4, 128, 1)
         assert (model.image_cls, model.projections, model.clip) == (True, "qv", "ViT-L-14-quickgelu")
         assert (train.global_batch, train.epochs, train.lr, train.max_steps) == (12, 10.0, 1e-4, -1)
         assert train.gradient_checkpointing
+        assert (data.packing, data.row_tokens, train.attn) == (True, 0, "auto")
         assert train.use_bf16("cpu")
 
 

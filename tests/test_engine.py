@@ -289,7 +289,7 @@ def test_throughput_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = throughput.Meter(torch.device("cpu"), 2, flops_per_token=1e9)
     meter._since -= 2.0
     for _ in range(4):
-        meter.add(samples=8, tokens=100)
+        meter.add(samples=8, tokens=100, slots=125)
     figures = meter.read()
     assert figures["speed/samples_per_second"] == pytest.approx(16, rel=0.05)
     assert figures["speed/tokens_per_second"] == pytest.approx(200, rel=0.05)

@@ -76,6 +76,7 @@ def make_collator(
         referring_objects=data.referring_objects,
         seed=seed,
         tasks=data.task_names,
+        pack_tokens=data.row_tokens,
     )
 
 
@@ -90,11 +91,11 @@ def open_split(data: str, split: str) -> MixedDataset:
     return open_data(data, split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen LM in `dtype`, with the attention that transformers chooses."""
+def load_llm(model: ModelArguments, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
+    """The frozen LM in `dtype`. attn: transformers' name of an attention implementation; None for its choice."""
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn)
 
 
 def make_tuner(

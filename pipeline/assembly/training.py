@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from pipeline.assembly import parts
 from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments, to_dict
@@ -21,6 +22,7 @@ from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
 from pipeline.mini.source import MiniSource
+from pipeline.model.attention import SDPA_VARLEN
 from pipeline.model.fingerprint import fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
@@ -165,6 +167,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     Raises:
         ValueError: data, batch arithmetic, DeepSpeed file or base model do not fit; the message says what to do.
     """
+    check_attention(train.attn, ranks.device.type)
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
@@ -213,6 +216,21 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     )
 
 
+def check_attention(attn: str, device_type: str) -> None:
+    """Raises ValueError if --attn names an implementation that does not run here."""
+    if attn in ("flash_attention_2", "flex_attention") and device_type != "cuda":
+        raise ValueError(f"--attn {attn} trains on a GPU only, and this run is on {device_type}: take --attn sdpa")
+    if attn == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError("--attn flash_attention_2 needs the package flash-attn: install it, or take --attn sdpa")
+
+
+def attention(attn: str, packing: bool) -> str | None:
+    """--attn as transformers takes it, None for its own choice."""
+    if attn == "auto":
+        return SDPA_VARLEN if packing else None
+    return attn
+
+
 def open_validation(data: DataArguments, train: TrainArguments) -> MixedDataset:
     """The split that --eval_steps goes through. Raises ValueError if it is missing or less than one global batch."""
     try:
@@ -257,7 +275,7 @@ def prepare_tuner(
 ) -> NeuralTuner:
     """The tuned model with its initial values, on this rank's device, in the precision of training."""
     bf16 = train.use_bf16(ranks.device.type)
-    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32)
+    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32, attention(train.attn, data.packing))
     tuner = parts.make_tuner(
         model,
         llm,

@@ -1,7 +1,7 @@
 """The dataclasses in which data and model meet. Imports torch and the standard library only.
 
-Shape letters: B rows, T tokens, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP embedding,
-N patches of the vision tower, C its width.
+Shape letters: B rows, T tokens, R samples, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP
+embedding, N patches of the vision tower, C its width.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position that carries no loss; PyTorch's cross-entropy leaves it out by default."""
+NO_SAMPLE = -1
+"""Segment id of padding."""
 
 _Holder = TypeVar("_Holder")
 
@@ -82,15 +84,18 @@ class ObjectValues:
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch for training.
+    """One micro-batch for training: each sample a row of its own (padded), or several samples to a row (packed).
 
-    keys, tasks      one per row; both are empty in an empty batch, which still has one row of padding (no label, no
+    keys, tasks      one per sample; both are empty in an empty batch, which still has one row of padding (no label, no
                      mask, no picture), so that every rank calls the same modules
-    input_ids        [B,T] long, right-padded; image slots hold TokenMap.image_id
-    attention_mask   [B,T] long, 1 on tokens
+    input_ids        [B,T] long, rows padded at their ends; image slots hold TokenMap.image_id
+    segment_ids      [B,T] long: the sample, 0..R-1, that a token belongs to; NO_SAMPLE on padding. A sample's tokens
+                     stand together in one row
+    position_ids     [B,T] long: counts from 0 in each sample, and goes on counting on the padding behind it. Attention
+                     is causal and stays within a run of positions
     labels           [B,T] long: at t the id of the token at t where it carries loss, else IGNORE. The logits that
                      predict it come from the state at t-1
-    pixel_values     [B,3,S,S] float32, CLIP-normalised; of every row, also of those that must make the picture
+    pixel_values     [R,3,S,S] float32, CLIP-normalised; of every sample, also of those that must make the picture
     mask_rows        [M] long, row of each mask
     mask_positions   [M] long, position t of its <OBJ-i> in input_ids; the state that predicts it is at t-1
     masks            [M,K,K] float32 in {0,1}
@@ -103,7 +108,8 @@ class Batch:
     keys: list[str]
     tasks: list[str]
     input_ids: Tensor
-    attention_mask: Tensor
+    segment_ids: Tensor
+    position_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
     mask_rows: Tensor
@@ -114,6 +120,11 @@ class Batch:
     clip_targets: Tensor | None = None
     values: dict[str, ObjectValues] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B,T] long, 1 on tokens, 0 on padding."""
+        return (self.segment_ids != NO_SAMPLE).long()
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on `device`; asynchronous from pinned memory."""

@@ -7,7 +7,8 @@ it, is the one its decoder gets, in all three.
 Each forward calls the same modules in the same order whatever the batch holds, a decoder without work with one row of
 weight zero: under ZeRO-3, ranks that call different modules compute with mixed weights or hang.
 
-Shape suffixes: B batch, T tokens, D hidden, N labelled tokens, M masks, G pictures, S mask side, L answer tokens.
+Shape suffixes: B rows, T tokens, D hidden, R samples, P picture tokens, N labelled tokens, M masks, G pictures, S mask
+side, L answer tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.generic import is_flash_attention_requested
 
 from pipeline.data.batch import IGNORE, Batch, ObjectValues, PromptBatch, VisionFeatures
 from pipeline.model import losses
 from pipeline.model.adapters import AdaptedProjection
+from pipeline.model.attention import SDPA_VARLEN
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
 from pipeline.model.embedding import ExtendedHead, NewTokenEmbedding, install_new_tokens
 from pipeline.model.generation import (
@@ -140,62 +144,80 @@ class NeuralTuner(nn.Module):
         for network in self.networks:
             network.set_step(step)
 
-    def _embed(self, ids_BT: Tensor, features: VisionFeatures) -> Tensor:
-        """[B,T,D] embeddings with the picture's tokens in the image slots, in order."""
-        embeds_BTD = self.llm.get_input_embeddings()(ids_BT)
-        pictures = self.projector(features.tokens).to(embeds_BTD.dtype)
-        slots_BT = ids_BT == self.image_id
-        found = set(slots_BT.sum(1).tolist())
-        if found - {0, pictures.shape[1]}:
-            raise ValueError(
-                f"rows hold {sorted(found)} image slots, but the projector makes {pictures.shape[1]} tokens of a "
-                "picture: make image_prefix and image_merge / image_cls agree"
-            )
-        place_BT = (slots_BT.cumsum(1) - 1).clamp(0, pictures.shape[1] - 1)
-        placed_BTD = pictures.gather(1, place_BT.unsqueeze(-1).expand_as(embeds_BTD))
-        return torch.where(slots_BT.unsqueeze(-1), placed_BTD, embeds_BTD)
+    def _embed(self, ids_BT: Tensor, features: VisionFeatures, segments_BT: Tensor | None = None) -> Tensor:
+        """[B,T,D] embeddings with each sample's picture tokens in its image slots, in order.
 
-    def _hidden(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        segments_BT: the sample (row of `features`) of each token, whose tokens stand together; None: each row is one.
+        """
+        if segments_BT is None:
+            segments_BT = torch.arange(ids_BT.shape[0], device=ids_BT.device).unsqueeze(1).expand_as(ids_BT)
+        embeds_BTD = self.llm.get_input_embeddings()(ids_BT)
+        pictures_RPD = self.projector(features.tokens).to(embeds_BTD.dtype)
+        slots_BT = ids_BT == self.image_id
+        sample_of_slot = segments_BT[slots_BT]
+        places = pictures_RPD.shape[1]
+        found = set(sample_of_slot.bincount(minlength=1).tolist())
+        if found - {0, places}:
+            raise ValueError(
+                f"samples hold {sorted(found)} image slots, but the projector makes {places} tokens of a picture: "
+                "make image_prefix and image_merge / image_cls agree"
+            )
+        # Row by row, so sample by sample: each has all of its slots or none.
+        place_of_slot = torch.arange(sample_of_slot.shape[0], device=ids_BT.device) % places
+        return embeds_BTD.masked_scatter(slots_BT.unsqueeze(-1), pictures_RPD[sample_of_slot, place_of_slot])
+
+    def _hidden(self, embeds_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> Tensor:
+        """[B,T,D] last states. Without a mask attention is causal within each run of positions (see Batch)."""
+        by_sample: dict[str, Any] = {}
+        implementation = self.llm.config._attn_implementation
+        if mask_BT is None and (implementation == SDPA_VARLEN or is_flash_attention_requested(self.llm.config)):
+            (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions_BT)
+            if implementation == SDPA_VARLEN:
+                by_sample = {"sample_lengths": ends.diff().tolist()}
+            else:
+                by_sample = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
+                by_sample |= dict.fromkeys(("max_length_q", "max_length_k"), int(longest))
         out = self.llm.model(
-            inputs_embeds=embeds_BTD, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+            inputs_embeds=embeds_BTD, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False, **by_sample
         )
         return out.last_hidden_state
 
-    def _masks(self, features: VisionFeatures, rows_M: Tensor, states_MD: Tensor) -> Tensor:
-        return self.mask_decoder(tuple(tap.index_select(0, rows_M) for tap in features.taps), states_MD)
+    def _masks(self, features: VisionFeatures, samples_M: Tensor, states_MD: Tensor) -> Tensor:
+        return self.mask_decoder(tuple(tap.index_select(0, samples_M) for tap in features.taps), states_MD)
 
     def forward(
         self, batch: Batch, features: VisionFeatures, norms: Norms, weights: LossWeights | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums): loss = Σce/tokens + λseg Σdice/masks + λbce Σbce/masks + λgen Σmse/pictures (Eq. 10).
 
-        features: of batch.pixel_values, row by row. sums: detached fp32 scalars, the same keys in every call: ce, dice,
+        features: of batch.pixel_values. sums: detached fp32 scalars, the same keys in every call: ce, dice,
         bce, mse with their counts tokens, masks, pictures, and ce/<task>, tokens/<task>, dice/<task>, masks/<task>.
         """
         weights = weights or LossWeights()
-        hidden_BTD = self._hidden(self._embed(batch.input_ids, features), attended(batch.attention_mask))
+        embeds_BTD = self._embed(batch.input_ids, features, batch.segment_ids)
+        hidden_BTD = self._hidden(embeds_BTD, None, batch.position_ids)
         device = hidden_BTD.device
 
         # Logits of labelled positions only: the full [B,T,V] would be the largest tensor of the step.
         rows_N, at_N = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         n_tokens, n_masks, n_pictures = rows_N.shape[0], batch.masks.shape[0], batch.gen_rows.shape[0]
-        labels_N = batch.labels[rows_N, at_N + 1]
+        labels_N, samples_N = batch.labels[rows_N, at_N + 1], batch.segment_ids[rows_N, at_N]
         if not n_tokens:
             rows_N = at_N = torch.zeros(1, dtype=torch.long, device=device)
             labels_N = torch.full((1,), IGNORE, device=device)
         logits_NV = self.llm.get_output_embeddings()(hidden_BTD[rows_N, at_N])
         ce_N = losses.answer_losses(logits_NV, labels_N, IGNORE)
 
-        rows_M, states_MD = _states_before(hidden_BTD, batch.mask_rows, batch.mask_positions)
-        mask_logits = self._masks(features, rows_M, states_MD)
+        samples_M, states_MD = _states_before(hidden_BTD, batch.segment_ids, batch.mask_rows, batch.mask_positions)
+        mask_logits = self._masks(features, samples_M, states_MD)
         masks = batch.masks if n_masks else torch.zeros_like(mask_logits)
         work = 1.0 if n_masks else 0.0
         dice_M = losses.dice_losses(mask_logits, masks) * work
         bce_M = losses.bce_losses(mask_logits, masks) * work
 
-        rows_G, states_GD = _states_before(hidden_BTD, batch.gen_rows, batch.gen_positions)
+        samples_G, states_GD = _states_before(hidden_BTD, batch.segment_ids, batch.gen_rows, batch.gen_positions)
         embedding_GE = self.clip_head(states_GD)
-        target_GE = features.embedding.index_select(0, rows_G)
+        target_GE = features.embedding.index_select(0, samples_G)
         if n_pictures and batch.clip_targets is not None:
             target_GE = batch.clip_targets
         mse_G = losses.picture_losses(embedding_GE, target_GE) * (1.0 if n_pictures else 0.0)
@@ -205,7 +227,7 @@ class NeuralTuner(nn.Module):
         loss = loss + weights.bce * losses.share(bce, norms.masks) + weights.gen * losses.share(mse, norms.pictures)
         sums = {}
         for task, head in self.heads.items():
-            each_N = self._value_losses(head, batch.values.get(task), features, rows_M, states_MD)
+            each_N = self._value_losses(head, batch.values.get(task), features, samples_M, states_MD)
             number = 0 if task not in batch.values else batch.values[task].targets.shape[0]
             loss = loss + head.weight * losses.share(each_N.sum(), norms.values.get(task, 0.0))
             sums[f"value/{task}"] = each_N.sum().detach()
@@ -213,29 +235,29 @@ class NeuralTuner(nn.Module):
         counts = {"tokens": n_tokens, "masks": n_masks, "pictures": n_pictures}
         sums |= {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
         sums |= {name: torch.tensor(float(count), device=device) for name, count in counts.items()}
-        sums |= self._by_task("ce", "tokens", batch.tasks, rows_N[:n_tokens], ce_N[:n_tokens])
-        sums |= self._by_task("dice", "masks", batch.tasks, rows_M[:n_masks], dice_M[:n_masks])
+        sums |= self._by_task("ce", "tokens", batch.tasks, samples_N, ce_N[:n_tokens])
+        sums |= self._by_task("dice", "masks", batch.tasks, samples_M[:n_masks], dice_M[:n_masks])
         return loss, sums
 
     @staticmethod
     def _value_losses(
-        head: Any, wanted: ObjectValues | None, features: VisionFeatures, rows_M: Tensor, states_MD: Tensor
+        head: Any, wanted: ObjectValues | None, features: VisionFeatures, samples_M: Tensor, states_MD: Tensor
     ) -> Tensor:
         """[N] losses of a task's own decoder on its <OBJ-i>; one of weight zero when the batch holds none."""
         if wanted is None or not wanted.targets.shape[0]:
-            values_1W = head(features.select(rows_M[:1]), states_MD[:1])
-            return head.losses(values_1W, torch.zeros_like(values_1W)) * 0.0
-        values_NW = head(features.select(rows_M[wanted.places]), states_MD[wanted.places])
+            values_1W = head(features.select(samples_M[:1]), states_MD[:1])
+            return head.losses(values_1W, values_1W.detach()) * 0.0
+        values_NW = head(features.select(samples_M[wanted.places]), states_MD[wanted.places])
         return head.losses(values_NW, wanted.targets)
 
-    def _by_task(self, name: str, count: str, tasks: list[str], rows: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Sums and counts of values [n] (of the batch's rows [n]) for each task."""
+    def _by_task(self, name: str, count: str, tasks: list[str], samples: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Sums and counts of values [n] (of the batch's samples [n]) for each task."""
         places = [self.tasks.index(task) if task in self.tasks else len(self.tasks) for task in tasks]
-        task_of_row = torch.tensor(places, dtype=torch.long, device=rows.device)
+        task_of_sample = torch.tensor(places, dtype=torch.long, device=samples.device)
         total, number = values.new_zeros(2, len(self.tasks) + 1)
         if places:
-            total.index_add_(0, task_of_row[rows], values.detach())
-            number.index_add_(0, task_of_row[rows], torch.ones_like(values))
+            total.index_add_(0, task_of_sample[samples], values.detach())
+            number.index_add_(0, task_of_sample[samples], torch.ones_like(values))
         sums = {f"{name}/{task}": total[i] for i, task in enumerate(self.tasks)}
         return sums | {f"{count}/{task}": number[i] for i, task in enumerate(self.tasks)}
 
@@ -341,6 +363,9 @@ def _states_at(hidden_BTD: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor
     return rows, hidden_BTD[rows, places]
 
 
-def _states_before(hidden_BTD: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The states that predict the tokens at the given places: one position earlier."""
-    return _states_at(hidden_BTD, rows, places - 1)
+def _states_before(hidden_BTD: Tensor, segments_BT: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(samples [n], states [n,D] that predict the tokens at the given places): one position earlier; as _states_at."""
+    rows, states = _states_at(hidden_BTD, rows, places - 1)
+    if not places.shape[0]:
+        return rows, states
+    return segments_BT[rows, places], states

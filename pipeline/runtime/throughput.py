@@ -46,13 +46,14 @@ class Meter:
     def restart(self) -> None:
         """Starts a new interval, so that a save or a validation does not count as training time."""
         self._since = time.perf_counter()
-        self._steps = self._samples = self._tokens = 0.0
+        self._steps = self._samples = self._tokens = self._slots = 0.0
 
-    def add(self, *, samples: float, tokens: float) -> None:
-        """Counts one step of all ranks."""
+    def add(self, *, samples: float, tokens: float, slots: float) -> None:
+        """Counts one step of all ranks: tokens of samples, and slots, the tokens with padding."""
         self._steps += 1
         self._samples += samples
         self._tokens += tokens
+        self._slots += slots
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading."""
@@ -61,6 +62,7 @@ class Meter:
             "speed/samples_per_second": self._samples / seconds,
             "speed/tokens_per_second": self._tokens / seconds,
             "speed/seconds_per_step": seconds / max(self._steps, 1.0),
+            "padding_share": 1.0 - self._tokens / self._slots if self._slots else 0.0,
             "memory_gib": memory_gib(self._device),
         }
         if self._peak and self._flops:

@@ -141,7 +141,7 @@ class Trainer:
         self._reduce(step, batches, losses, parts, scale)
         moved = self.engine.step()
         assert moved, "a step's micro-batches make up one global batch"
-        self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"])
+        self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
     def _count(self, batches: list[Batch], stop: bool) -> dict[str, float]:
@@ -153,6 +153,7 @@ class Trainer:
             "pictures": sum(count.pictures for count in per_batch),
             "rows": sum(len(batch.keys) for batch in batches),
             "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
+            "slots": sum(batch.input_ids.numel() for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
         }

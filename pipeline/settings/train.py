@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.runtime.command_line import flag
 from pipeline.settings.checks import REPO, need
@@ -36,6 +37,9 @@ class TrainArguments:
     seed: int = flag(0, "of initial values, sample order and draws")
     bf16: str = flag("auto", "train in bfloat16 with fp32 master weights: auto (on a GPU), true, false")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
+    attn: Literal["auto", "sdpa_varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = flag(
+        "auto", "the LM's attention while training; auto: sdpa_varlen if --packing, else what transformers takes"
+    )
     lambda_seg: float = flag(1.0, "weight of the masks' Dice loss")
     lambda_gen: float = flag(10.0, "weight of the pictures' CLIP embedding loss (MSE)")
     lambda_bce: float = flag(0.0, "weight of the masks' pixel loss (BCE)")
