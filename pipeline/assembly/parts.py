@@ -107,7 +107,7 @@ def make_tuner(
     tasks: Sequence[str] = tuple(TASKS),
     gradient_checkpointing: bool = False,
 ) -> NeuralTuner:
-    """The tuned model around a loaded LM, with the decoders that `tasks` bring along; `initialise` writes its values."""
+    """The tuned model around a loaded LM, with the decoders of `tasks`; `initialise` gives it its values."""
     layers = llm.config.num_hidden_layers
     first = model.first_tuned_layer
     assert first is not None
