@@ -45,6 +45,7 @@ from pipeline.data.batch import IGNORE, Batch, VisionFeatures
 from pipeline.data.rows import lay_out
 from pipeline.model import losses
 from pipeline.model.attention import SDPA_VARLEN
+from pipeline.model.backbone import CHECKPOINTED
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import Norms
 from pipeline.model.tuner import NeuralTuner
@@ -159,7 +160,9 @@ STEPS = (
 class Model:
     """A tuned LLaMA of random weights with its optimizer."""
 
-    def __init__(self, kind: str, size: dict[str, int], device: torch.device, dtype: torch.dtype, full: bool) -> None:
+    def __init__(
+        self, kind: str, size: dict[str, int], device: torch.device, dtype: torch.dtype, recompute: str
+    ) -> None:
         torch.manual_seed(0)
         with device:
             llm = LlamaForCausalLM._from_config(LlamaConfig(vocab_size=32000, **size), dtype=dtype)
@@ -170,7 +173,7 @@ class Model:
             "released": {"mechanism": "released", "first_tuned_layer": half},
         }[kind]
         arguments = ModelArguments(base="random", clip="random", **settings)
-        self.tuner = parts.make_tuner(arguments, llm, CLIP, seed=0, gradient_checkpointing=full)  # type: ignore[arg-type]
+        self.tuner = parts.make_tuner(arguments, llm, CLIP, seed=0, gradient_checkpointing=recompute)  # type: ignore[arg-type]
         initialise(self.tuner, 0)
         self.tuner.to(device).train()
         trained = list(self.tuner.trained_parameters().values())
@@ -204,7 +207,7 @@ class Model:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step], dict[str, Model]]:
-    """All rounds of all steps; the first round is a warm-up and does not count."""
+    """All rounds of all steps, after one on a single sample that does not count."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [Step(*fields) for fields in STEPS]  # type: ignore[arg-type]
     size = SIZES[arguments.size]
@@ -212,15 +215,17 @@ def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step]
     models = {kind: Model(kind, size, device, dtype, arguments.gradient_checkpointing) for kind in kinds}
     lengths = json.loads(LENGTHS.read_text())["samples"]
     features = make_features(arguments.samples).to(device)
-    for number in range(arguments.rounds + 1):
+    for step in chosen:
+        model = models[step.model]
+        model.step(step, make_batch(lengths[:1], model.tuner, step.budget).to(device), features)
+        step.wall, step.cpu, step.tokens = [], [], 0
+    for number in range(arguments.rounds):
         first = number * arguments.samples % (len(lengths) - arguments.samples + 1)
         samples = lengths[first : first + arguments.samples]
         for step in chosen:
             model = models[step.model]
             model.step(step, make_batch(samples, model.tuner, step.budget).to(device), features)
-            if number == 0:
-                step.wall, step.cpu, step.tokens = [], [], 0
-            print(f"round {number}  {step.name:16s} {(step.wall or [0.0])[-1]:8.2f} s", flush=True)
+            print(f"round {number + 1}  {step.name:16s} {step.wall[-1]:8.2f} s, CPU {step.cpu[-1]:8.2f} s", flush=True)
     return chosen, models
 
 
@@ -275,7 +280,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12, help="samples per step (default: 12, the paper's)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that count (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations, all steps alike")
+    parser.add_argument(
+        "--gradient_checkpointing",
+        choices=("none", *CHECKPOINTED),
+        default="none",
+        help="recomputed, in all steps alike",
+    )
     parser.add_argument("--csv", default="", help="file that the results are appended to")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and arguments.size in ("7b", "13b")

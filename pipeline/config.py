@@ -17,6 +17,7 @@ from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
 from pipeline.settings.train import TrainArguments
 
@@ -25,7 +26,11 @@ __all__ = [
     "REPO",
     "AblationArguments",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "LoadArguments",
     "ModelArguments",
     "TrainArguments",
     "from_dict",
@@ -36,8 +41,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
-    "packing": True,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "full",
     "bf16": "true",
     "global_batch": 12,
     "epochs": 10.0,

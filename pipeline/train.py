@@ -64,7 +64,7 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     )
     ended = "FAILED"
     try:
-        assembly.log_record(tracker, record, train.output_dir, ranks)
+        assembly.log_record(tracker, record, train.output_dir, ranks, first)
         trainer = Trainer(
             engine,
             plan.batches(collator, first),
@@ -88,6 +88,8 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
         marker = trainer.train()
         ended = "FINISHED" if marker == DONE else "KILLED"
         assembly.log_seconds(train.output_dir, ranks, load=loaded - began, tune=time.perf_counter() - loaded)
+        if marker == DONE:
+            assembly.register(tracker, train.register_model, record, train.output_dir, plan.steps, ranks)
         if ranks.is_main and marker == DONE:
             print(plan.closing())
         return marker

@@ -64,7 +64,7 @@ def test_large_presets_hold_the_papers_settings() -> None:
         assert (model.alpha, model.beta, model.z_dim, model.image_merge) == (0.9, 0.4, 128, 1)
         assert (model.image_cls, model.projections, model.clip) == (True, "qv", "ViT-L-14-quickgelu")
         assert (train.global_batch, train.epochs, train.lr, train.max_steps) == (12, 10.0, 1e-4, -1)
-        assert train.gradient_checkpointing
+        assert train.gradient_checkpointing == "full"
         assert (data.packing, data.row_tokens, train.attn) == (True, 0, "auto")
         assert train.use_bf16("cpu")
 

@@ -294,6 +294,7 @@ def test_throughput_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["speed/samples_per_second"] == pytest.approx(16, rel=0.05)
     assert figures["speed/tokens_per_second"] == pytest.approx(200, rel=0.05)
     assert figures["speed/seconds_per_step"] == pytest.approx(0.5, rel=0.05)
+    assert figures["padding_share"] == pytest.approx(0.2)
     assert figures["memory_gib"] > 0.01
     assert "speed/mfu" not in figures
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")

@@ -77,7 +77,7 @@ def outcome(attn, checkpointing, name="llama", pack_tokens=None):
     tuner.set_step(4)
     tuner.llm.set_attn_implementation(attn)
     if checkpointing:
-        enable_checkpointing(tuner.llm)
+        enable_checkpointing(tuner.llm, checkpointing)
     data = batch([*ROWS, *ROWS[::-1]], pack_tokens=pack_tokens)
     loss, sums = tuner(data, features(len(data.keys)), NORMS)
     loss.backward()
@@ -95,15 +95,15 @@ def agree(one, two):
 
 
 @pytest.mark.parametrize("attn", ["sdpa_varlen", "sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "attention", "full"])
 @pytest.mark.parametrize("pack_tokens", [0, 60])
 def test_loss_and_gradients_are_those_of_the_padded_batch(attn, checkpointing, pack_tokens):
-    agree(outcome("eager", False), outcome(attn, checkpointing, pack_tokens=pack_tokens))
+    agree(outcome("eager", None), outcome(attn, checkpointing, pack_tokens=pack_tokens))
 
 
 @pytest.mark.parametrize("attn", ["sdpa_varlen", "sdpa"])
 def test_grouped_queries_too(attn):
-    agree(outcome("eager", False, "qwen2"), outcome(attn, False, "qwen2", pack_tokens=0))
+    agree(outcome("eager", None, "qwen2"), outcome(attn, None, "qwen2", pack_tokens=0))
 
 
 def test_decoding_is_that_of_the_usual_attention():
@@ -138,10 +138,10 @@ def varlen(module, query, key, value, mask, scaling, dropout=0.0, **given):
 
 @pytest.mark.parametrize("pack_tokens", [None, 0, 60])
 def test_flash_attention_is_given_the_boundaries_of_the_samples(monkeypatch, pack_tokens):
-    want = outcome("sdpa", False)
+    want = outcome("sdpa", None)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)
     monkeypatch.setattr("transformers.PreTrainedModel.set_attn_implementation", _take)
-    agree(want, outcome("flash_attention_2", False, pack_tokens=pack_tokens))
+    agree(want, outcome("flash_attention_2", None, pack_tokens=pack_tokens))
 
 
 def _take(llm, name):

@@ -5,26 +5,23 @@ Saved answers can be scored again without a model: both ways lead through `score
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import torch
+from typing import Any
 
 from pipeline.assembly import parts
-from pipeline.config import REPO, DataArguments, EvalArguments, ModelArguments, from_dict
+from pipeline.assembly.loading import check_base, default_dtype, load_painter, open_checkpoint, untrained_tuner
+from pipeline.config import REPO, EvalArguments
 from pipeline.data.loader import SampleSource
 from pipeline.data.task_module import load_task_module
 from pipeline.mini import grammar
-from pipeline.model.fingerprint import fingerprint
-from pipeline.model.initialise import initialise
-from pipeline.model.painter import Painter, Sampling
-from pipeline.runtime.checkpoint import find_latest, load_trained, read_state
+from pipeline.model.painter import Sampling
+from pipeline.runtime.checkpoint import load_trained
 from pipeline.runtime.evaluator import EachPhrase, Evaluator
+from pipeline.runtime.journal import METRICS
 from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.reporting import contact_sections
@@ -33,50 +30,14 @@ from pipeline.scoring.bootstrap import Bootstrap
 from pipeline.scoring.contact_sheet import draw_sheet
 from pipeline.scoring.distributions import Inception
 from pipeline.scoring.paper_tables import write_tables
-from pipeline.scoring.pictures import embed_pictures
-from pipeline.scoring.predictions import load_predictions, read_about, save_about, save_predictions
+from pipeline.scoring.predictions import Prediction, load_predictions, read_about, save_about, save_predictions
 from pipeline.scoring.report import build_report, format_table, write_report
-from pipeline.scoring.scores import CONDITIONS
 from pipeline.scoring.suite import Rules, Scored, score_predictions
 
-Kind = TypeVar("Kind")
+TABLE_ROWS = 1000
+"""Answers in MLflow's table; predictions/ has all."""
 CONDITIONS_IN_ORDER = ("untuned", "tuned", "shuffled")
 SHEET = "contact_sheet.png"
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A checkpoint's folder and what its state.json says of the model, the data and the run."""
-
-    folder: Path
-    model: ModelArguments
-    data: DataArguments
-    state: dict[str, Any]
-
-
-def open_checkpoint(checkpoint: str, replaced: Mapping[str, str]) -> Trained:
-    """A checkpoint, or the newest whole one of a run's folder; its weights are not read yet.
-
-    Args:
-        checkpoint: the folder; empty takes runs/mini.
-        replaced: paths that stand elsewhere than when it was trained, by flag.
-
-    Raises:
-        ValueError: there is no whole checkpoint, or it was made by an incompatible version.
-    """
-    asked = Path(checkpoint or REPO / "runs" / "mini")
-    folder = asked if (asked / "state.json").is_file() else find_latest(asked)
-    if folder is None:
-        raise ValueError(
-            f"--checkpoint {asked}: there is no whole checkpoint; `deepspeed pipeline/train.py` makes one in runs/mini"
-        )
-    state = read_state(folder)
-
-    def settings(kind: type[Kind]) -> Kind:
-        own = {name: path for name, path in replaced.items() if name in get_type_hints(kind)}
-        return from_dict(kind, state["config"], **own)
-
-    return Trained(folder, settings(ModelArguments), settings(DataArguments), state)
 
 
 class Evaluation:
@@ -93,13 +54,7 @@ class Evaluation:
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
         self.folder = Path(args.report_dir or trained.folder.parent)
         self.predictions = self.folder / "predictions"
-        parts.read_config(trained.model)
-        found, trained_on = fingerprint(trained.model.base), trained.state["base"]["fingerprint"]
-        if found != trained_on:
-            raise ValueError(
-                f"--base {trained.model.base} is not the model that {trained.folder} was tuned on (fingerprint "
-                f"{found[:12]} instead of {trained_on[:12]}): give the folder of the same base model"
-            )
+        check_base(trained)
         whole = parts.open_split(trained.data.data, args.split)
         self.dataset: SampleSource = EachPhrase(whole) if args.each_phrase else whole
         self.tasks = ("referring",) if args.each_phrase else trained.data.task_names
@@ -107,22 +62,14 @@ class Evaluation:
         inception = Inception(args.inception_weights, device) if args.inception_weights else None
         token_map = parts.load_token_map(trained.model)
         vision = parts.load_vision(trained.model, device)
-        painter = None
-        if trained.model.prior and trained.model.vqgan:
-            sampling = Sampling(
-                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, candidates=args.candidates
-            )
-            folders, embed = (trained.model.prior, trained.model.vqgan), partial(embed_pictures, vision)
-            painter = Painter.load(*folders, embed, vision.embed_dim, sampling, device)
-        elif ranks.is_main:
-            print("No --vqgan and --prior: pictures are neither drawn nor scored.")
-        self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        llm = parts.load_llm(trained.model, dtype)
-        self.tuner = parts.make_tuner(trained.model, llm, vision, seed=self.seed, tasks=trained.data.task_names).to(
-            device
+        sampling = Sampling(
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, candidates=args.candidates
         )
-        initialise(self.tuner, self.seed)
+        painter = load_painter(trained.model, vision, sampling, device)
+        if painter is None and ranks.is_main:
+            print("No --vqgan and --prior: pictures are neither drawn nor scored.")
+        self.seed = trained.seed
+        self.tuner = untrained_tuner(trained, vision, device, default_dtype(device))
         self.evaluator = Evaluator(
             tuner=self.tuner,
             vision=vision,
@@ -162,9 +109,11 @@ class Evaluation:
         if not self.ranks.is_main:
             return ""
         save_about(self.predictions, self._about([condition for condition, _ in plan], main, seconds, per_pair))
-        self._draw("tuned" if "tuned" in asked else asked[0])
+        shown, _ = load_predictions(self.predictions, "tuned" if "tuned" in asked else asked[0])
+        self._draw(shown)
         text = score_saved(self.predictions, self.folder, self.args)
-        self._log(json.loads((self.folder / "report.json").read_text()))
+        report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        self._log(report, [condition for condition, _ in plan], shown)
         if self.evaluator.skipped:
             text += f"\n{len(self.evaluator.skipped)} samples could not be read, e.g. {self.evaluator.skipped[0]}"
         return text
@@ -196,8 +145,7 @@ class Evaluation:
             },
         }
 
-    def _draw(self, condition: str) -> None:
-        shown, _ = load_predictions(self.predictions, condition)
+    def _draw(self, shown: Sequence[Prediction]) -> None:
         draw_sheet(
             contact_sections(shown, self.dataset),
             self.folder / SHEET,
@@ -205,26 +153,49 @@ class Evaluation:
             subtitle=f"{self.trained.folder.name} · {self.args.protocol} decoding · the split's first samples",
         )
 
-    def _log(self, report: dict[str, Any]) -> None:
-        """Sends figures and files to the MLflow run that trained the checkpoint, if there is one."""
-        run_id = self.trained.state.get("mlflow_run_id")
-        if not run_id:
+    def _log(self, report: Mapping[str, Any], conditions: Sequence[str], answers: Sequence[Prediction]) -> None:
+        """Adds figures and files to the run that trained the checkpoint, if it was tracked.
+
+        Each evaluation has a folder of its own there; of the figures, at the checkpoint's step, MLflow shows the
+        newest evaluation's and keeps the others in their history. The tag `evaluation` names the newest folder.
+        """
+        run_id, run = self.trained.state.get("mlflow_run_id"), self.trained.folder.parent
+        if not run_id and not (run / METRICS).is_file():
             return
-        step = self.trained.state["step"]
+        trained_by, step = self.trained.state["config"]["TrainArguments"], self.trained.state["step"]
+        split = self.args.split
         tracker = Tracker(
-            self.trained.folder.parent,
-            experiment=self.trained.state["config"]["TrainArguments"]["mlflow_experiment"],
-            run_name="",
+            run,
+            experiment=trained_by["mlflow_experiment"],
+            run_name=trained_by["run_name"] or run.name,
             run_id=run_id,
             resume_step=None,
             system_metrics=False,
         )
-        for condition in CONDITIONS:
-            scores = {f"{self.args.split}/{condition}/{k}": v for k, v in report[condition].items() if v is not None}
-            if scores:
-                tracker.log_metrics(step, scores)
+        for condition in conditions:
+            scores = {f"{split}/{condition}/{k}": v for k, v in report[condition].items() if v is not None}
+            tracker.log_metrics(step, scores, evaluation=True)
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+        place = f"evaluation/{split}-step-{step}-{now}"
         for name in ("report.json", "report.md", SHEET):
-            tracker.log_artifact(self.folder / name, "evaluation")
+            tracker.log_artifact(self.folder / name, place)
+        names = list(report[conditions[0]])
+        tracker.log_table(
+            {"score": names} | {c: [report[c].get(name) for name in names] for c in conditions},
+            f"{place}/scores.json",
+        )
+        shown = answers[:TABLE_ROWS]
+        tracker.log_table(
+            {
+                "key": [p.key for p in shown],
+                "task": [p.task for p in shown],
+                "question": [p.reference["question"] for p in shown],
+                "answer": [p.text for p in shown],
+                "right answer": [p.reference["answer"] for p in shown],
+            },
+            f"{place}/answers.json",
+        )
+        tracker.set_tags({"evaluation": place})
         tracker.close()
 
 

@@ -105,7 +105,7 @@ def make_tuner(
     *,
     seed: int,
     tasks: Sequence[str] = tuple(TASKS),
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: str = "none",
 ) -> NeuralTuner:
     """The tuned model around a loaded LM, with the decoders of `tasks`; `initialise` gives it its values."""
     layers = llm.config.num_hidden_layers
@@ -136,8 +136,8 @@ def make_tuner(
         tasks=tuple(TASKS),
         heads={name: HEADS[name](hidden, tower.width) for name in tasks if name in HEADS},
     )
-    if gradient_checkpointing:
-        enable_checkpointing(llm)
+    if gradient_checkpointing != "none":
+        enable_checkpointing(llm, gradient_checkpointing)
     return tuner
 
 

@@ -21,9 +21,10 @@ from pipeline.data.mixture import MixedDataset, absolute_folders, make_order, we
 from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
+from pipeline.inference.export import save_pretrained
 from pipeline.mini.source import MiniSource
 from pipeline.model.attention import SDPA_VARLEN
-from pipeline.model.fingerprint import fingerprint
+from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
 from pipeline.model.tuner import NeuralTuner
@@ -31,7 +32,7 @@ from pipeline.model.vision import VisionTower
 from pipeline.runtime.checkpoint import check_reader
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.provenance import flatten, run_record, write_json
+from pipeline.runtime.provenance import flatten, git_diff, run_record, write_json
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.validation import ValidationLoss
@@ -156,6 +157,7 @@ class RunPlan:
             world_size=self.ranks.world_size,
             reader=self.reader,
             base=self.base,
+            clip={"fingerprint": clip_fingerprint(self.model.clip, self.model.clip_weights)},
             task_tokens={"first_id": token_map.base_vocab, "count": token_map.new_tokens},
             parameters={"all": sum(sizes.values()), "trained": trained},
         )
@@ -297,15 +299,42 @@ def flops_per_token(tuner: NeuralTuner) -> float:
     return 4.0 * sum(getattr(p, "ds_numel", p.numel()) for p in inner)
 
 
-def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks) -> None:
-    """run.json into the run's folder, and its content to MLflow."""
-    if ranks.is_main:
-        path = write_json(Path(output_dir) / "run.json", record)
-        tracker.log_params(flatten(record["config"]))
-        tracker.set_tags({"git": record["git"], "versions": record["versions"], "base": record["base"]})
-        if parent := record["config"]["TrainArguments"]["mlflow_parent"]:
-            tracker.set_tags({"mlflow.parentRunId": parent})
-        tracker.log_artifact(path)
+def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks, first: int = 0) -> None:
+    """run.json and, of a changed checkout, git.diff into the run's folder, and both to MLflow.
+
+    first: the step that this start of the run goes on from; a tag of that name says where and by what it ran.
+    """
+    if not ranks.is_main:
+        return
+    path = write_json(Path(output_dir) / "run.json", record)
+    tracker.log_params(flatten(record["config"]) | flatten(record["deepspeed"], "deepspeed"))
+    tracker.set_tags(
+        {
+            "git": record["git"],
+            "versions": record["versions"],
+            "base": record["base"],
+            "mlflow.source.name": record["command"][1],
+            "mlflow.source.git.commit": record["git"]["commit"],
+            f"start.{first}": {**record["machine"], "world_size": record["world_size"], "git": record["git"]},
+        }
+    )
+    if parent := record["config"]["TrainArguments"].get("mlflow_parent"):
+        tracker.set_tags({"mlflow.parentRunId": parent})
+    tracker.log_artifact(path)
+    if changed := git_diff(REPO):
+        diff = path.with_name("git.diff")
+        diff.write_text(changed, encoding="utf-8")
+        tracker.log_artifact(diff)
+
+
+def register(tracker: Tracker, name: str, record: Mapping[str, Any], output_dir: str, step: int, ranks: Ranks) -> None:
+    """The last checkpoint, exported as pipeline/export.py does, as a version of MLflow's model `name`."""
+    if not (name and ranks.is_main):
+        return
+    run = Path(output_dir)
+    exported = save_pretrained(run / f"checkpoint-{step}", run / "registered" / f"checkpoint-{step}")
+    facts = {"base": record["base"], "step": step, "git": record["git"], "versions": record["versions"]}
+    tracker.register_model(name, exported, step=step, facts=facts)
 
 
 def log_seconds(output_dir: str, ranks: Ranks, **seconds: float) -> None:

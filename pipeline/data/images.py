@@ -48,6 +48,11 @@ def load(data: bytes, draft: int | None = None) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture is cut or damaged: {str(error)[:80]}") from None
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in memory as RGB, alpha laid over white, 16 bits brought to 8."""
     if image.mode.startswith("I"):
         # convert() would clip 16-bit grey at 255 and leave a white picture.
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -70,17 +75,26 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def to_pixels(data: bytes, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """CLIP's input [3, image_size, image_size], float32. `mean` and `std` are per channel, of values in 0..1."""
-    return normalise(squash(data, image_size)[None], mean=mean, std=std)[0]
+    return normalise([squash(data, image_size)], mean=mean, std=std)[0]
+
+
+def pixels_of(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """As to_pixels, of an RGB picture in memory."""
+    return normalise([squash_image(image, image_size)], mean=mean, std=std)[0]
 
 
 def squash(data: bytes, image_size: int) -> torch.Tensor:
-    """The picture as bytes, uint8 [3, image_size, image_size].
+    """The picture as bytes, uint8 [3, image_size, image_size]."""
+    # Twice the wanted side leaves the bicubic filter something to average, so drafting costs no quality.
+    return squash_image(load(data, draft=2 * image_size), image_size)
+
+
+def squash_image(image: Image.Image, image_size: int) -> torch.Tensor:
+    """As squash, of an RGB picture in memory.
 
     torch's bicubic filter on bytes is PIL's, which open_clip takes, in a fifth of the time. Its weights are rounded
     otherwise: three bytes in a hundred differ, almost all of them by 1.
     """
-    # Twice the wanted side leaves the bicubic filter something to average, so drafting costs no quality.
-    image = load(data, draft=2 * image_size)
     picture_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
     if image.size != (image_size, image_size):
         picture_1CHW = interpolate(picture_1CHW, (image_size, image_size), mode="bicubic", antialias=True)

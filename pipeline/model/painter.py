@@ -65,13 +65,16 @@ class Painter:
         return cls(*models, embed, embed_dim, sampling)
 
     @torch.no_grad()
-    def paint(self, embedding_GE: Tensor, seed: int, keys: Sequence[int] | None = None) -> list[bytes]:
+    def paint(
+        self, embedding_GE: Tensor, seed: int, sampling: Sampling | None = None, keys: Sequence[int] | None = None
+    ) -> list[bytes]:
         """PNG bytes of one picture per embedding.
 
         A picture depends on its embedding, the seed and its key alone, not on the others of the call; the keys are the
-        rows' numbers unless given.
+        rows' numbers unless given. sampling: another than the painter's own, for this call.
         """
-        options, count = self.sampling, self.sampling.candidates
+        options = sampling or self.sampling
+        count = options.candidates
         wanted_NE = embedding_GE.repeat_interleave(count, dim=0)
         codes = self.prior.sample(
             wanted_NE,

@@ -46,6 +46,8 @@ class PriorConfig:
     dropout: float = 0.1
     condition_slots: int = 1
     """Each slot is a linear image of the whole embedding; with several, places in the picture can ask each its own."""
+    head_bias: bool = False
+    """Whether the output head has a bias, as CLIP-GEN's has."""
 
 
 class _DrawByRow(LogitsProcessor):
@@ -86,6 +88,8 @@ class ImagePrior(nn.Module):
                 tie_word_embeddings=False,
             )
         )
+        if config.head_bias:
+            self.transformer.lm_head = nn.Linear(config.width, config.n_codes)
 
     def start(self, embedding_BE: Tensor) -> Tensor:
         """What the condition's slots hold, [B, K, D]."""

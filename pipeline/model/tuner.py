@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils.generic import is_flash_attention_requested
 
-from pipeline.data.batch import IGNORE, Batch, ObjectValues, PromptBatch, VisionFeatures
+from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
 from pipeline.model import losses
 from pipeline.model.adapters import AdaptedProjection
 from pipeline.model.attention import SDPA_VARLEN
@@ -33,10 +33,11 @@ from pipeline.model.generation import (
     end_token_ids,
     evaluating,
     find_mentions,
+    prefix_cache,
     recorded_states,
     until_end,
 )
-from pipeline.model.heads import TaskHead
+from pipeline.model.heads import TaskHead, task_losses
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.model.sparse import SparseNetwork
 
@@ -77,6 +78,7 @@ class NeuralTuner(nn.Module):
         self.max_objects, self.train_embeddings, self.tasks = max_objects, train_embeddings, tuple(tasks)
         self.first_object = embedding.n_base
         self.image_id = embedding.n_base + embedding.n_new
+        self._fired: dict[int, list[Tensor]] = {}
         self.networks = [module for module in llm.modules() if isinstance(module, SparseNetwork)]
         self.freeze()
 
@@ -143,6 +145,27 @@ class NeuralTuner(nn.Module):
         """Makes the sparse networks' draws for one optimizer step."""
         for network in self.networks:
             network.set_step(step)
+
+    def watch_units(self, on: bool) -> None:
+        """Whether forwards note which sparse units fire; `unit_rates` tells."""
+        for network in self.networks:
+            network.observe = self._note_units if on else None
+
+    def _note_units(self, layer: int, za_BTZ: Tensor) -> None:
+        self._fired.setdefault(layer, []).append((za_BTZ.detach() != 0).flatten(0, -2).float().mean(0))
+
+    def unit_rates(self) -> dict[str, float]:
+        """Of the forwards on this rank since the last call: the share of units that fire for a token (padding counts),
+        on average and by layer, and the share that fired for any token at all. {} where nothing was watched."""
+        fired = {f"activation/layer_{at:02d}": torch.stack(seen).mean(0) for at, seen in sorted(self._fired.items())}
+        self._fired.clear()
+        if not fired:
+            return {}
+        # One copy to the host for all figures.
+        rates = torch.stack([share_Z.mean() for share_Z in fired.values()])
+        used = torch.stack([(share_Z > 0).float().mean() for share_Z in fired.values()]).mean()
+        *layers, mean, ever = torch.cat([rates, rates.mean()[None], used[None]]).tolist()
+        return dict(zip(fired, layers, strict=True)) | {"activation/mean": mean, "activation/ever": ever}
 
     def _embed(self, ids_BT: Tensor, features: VisionFeatures, segments_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] embeddings with each sample's picture tokens in its image slots, in order.
@@ -225,30 +248,14 @@ class NeuralTuner(nn.Module):
         ce, dice, bce, mse = ce_N.sum(), dice_M.sum(), bce_M.sum(), mse_G.sum()
         loss = losses.share(ce, norms.tokens) + weights.seg * losses.share(dice, norms.masks)
         loss = loss + weights.bce * losses.share(bce, norms.masks) + weights.gen * losses.share(mse, norms.pictures)
-        sums = {}
-        for task, head in self.heads.items():
-            each_N = self._value_losses(head, batch.values.get(task), features, samples_M, states_MD)
-            number = 0 if task not in batch.values else batch.values[task].targets.shape[0]
-            loss = loss + head.weight * losses.share(each_N.sum(), norms.values.get(task, 0.0))
-            sums[f"value/{task}"] = each_N.sum().detach()
-            sums[f"values/{task}"] = torch.tensor(float(number), device=device)
+        of_heads, sums = task_losses(self.heads, batch.values, norms.values, features, samples_M, states_MD)
+        loss = loss + of_heads
         counts = {"tokens": n_tokens, "masks": n_masks, "pictures": n_pictures}
         sums |= {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
         sums |= {name: torch.tensor(float(count), device=device) for name, count in counts.items()}
         sums |= self._by_task("ce", "tokens", batch.tasks, samples_N, ce_N[:n_tokens])
         sums |= self._by_task("dice", "masks", batch.tasks, samples_M[:n_masks], dice_M[:n_masks])
         return loss, sums
-
-    @staticmethod
-    def _value_losses(
-        head: Any, wanted: ObjectValues | None, features: VisionFeatures, samples_M: Tensor, states_MD: Tensor
-    ) -> Tensor:
-        """[N] losses of a task's own decoder on its <OBJ-i>; one of weight zero when the batch holds none."""
-        if wanted is None or not wanted.targets.shape[0]:
-            values_1W = head(features.select(samples_M[:1]), states_MD[:1])
-            return head.losses(values_1W, values_1W.detach()) * 0.0
-        values_NW = head(features.select(samples_M[wanted.places]), states_MD[wanted.places])
-        return head.losses(values_NW, wanted.targets)
 
     def _by_task(self, name: str, count: str, tasks: list[str], samples: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Sums and counts of values [n] (of the batch's samples [n]) for each task."""
@@ -262,11 +269,20 @@ class NeuralTuner(nn.Module):
         return sums | {f"{count}/{task}": number[i] for i, task in enumerate(self.tasks)}
 
     def generate(
-        self, prompts: PromptBatch, features: VisionFeatures, *, max_new_tokens: int, **options: Any
+        self,
+        prompts: PromptBatch,
+        features: VisionFeatures,
+        *,
+        max_new_tokens: int,
+        pictures: Tensor | None = None,
+        shared: int = 0,
+        **options: Any,
     ) -> list[Generation]:
         """Free-running answers, greedy unless `options` (of Hugging Face's generate) say otherwise.
 
-        Raises ValueError for beam search or several answers per prompt, whose states cannot be told apart.
+        pictures [B]: which row of `features` each prompt is about; None: its own. shared: how many first positions
+        prompts about the same picture have in common; they are computed once for each picture. Raises ValueError for
+        beam search or several answers per prompt, whose states cannot be told apart.
         """
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError("generate follows one answer per prompt: leave num_beams and num_return_sequences at 1")
@@ -274,13 +290,19 @@ class NeuralTuner(nn.Module):
         if options.get("pad_token_id") is None:
             config = self.llm.generation_config
             options["pad_token_id"] = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
-        with evaluating(self), recorded_states(self.llm.get_output_embeddings()) as states:
-            ids_BL = self.llm.generate(
-                inputs_embeds=self._embed(prompts.input_ids, features),
-                attention_mask=attended(prompts.attention_mask),
-                max_new_tokens=max_new_tokens,
-                **{"do_sample": False, **options},
-            )
+        with evaluating(self):
+            if pictures is not None:
+                features = features.select(pictures)
+            embeds_BTD = self._embed(prompts.input_ids, features)
+            if pictures is not None and shared:
+                options["past_key_values"] = prefix_cache(self.llm, embeds_BTD, pictures, shared)
+            with recorded_states(self.llm.get_output_embeddings()) as states:
+                ids_BL = self.llm.generate(
+                    inputs_embeds=embeds_BTD,
+                    attention_mask=attended(prompts.attention_mask),
+                    max_new_tokens=max_new_tokens,
+                    **{"do_sample": False, **options},
+                )
             states_BLD = torch.stack(states, dim=1)
             assert states_BLD.shape[:2] == ids_BL.shape, (states_BLD.shape, ids_BL.shape)
             answers = [until_end(row, ends) for row in ids_BL.tolist()]
@@ -335,8 +357,9 @@ class NeuralTuner(nn.Module):
                 rows_G.append(row)
                 places_G.append(found.picture)
         wanted = [torch.tensor(x, dtype=torch.long, device=device) for x in (rows_M, places_M, rows_G, places_G)]
-        mask_rows, mask_states = _states_at(states_BLD, wanted[0], wanted[1])
-        masks = self._masks(features, mask_rows, mask_states).float()
+        masked_rows, states_MD = _states_at(states_BLD, wanted[0], wanted[1])
+        masks = self._masks(features, masked_rows, states_MD).float()
+        chances_MV = self.llm.get_output_embeddings()(states_MD).float().softmax(-1)
         embeddings = self.clip_head(_states_at(states_BLD, wanted[2], wanted[3])[1]).float()
         for i, row in enumerate(rows_G):
             results[row].embedding = embeddings[i]
@@ -346,7 +369,11 @@ class NeuralTuner(nn.Module):
                 result.mask_logits = masks[first : first + count]
                 if (task := prompts.tasks[row]) in self.heads:
                     own = slice(first, first + count)
-                    result.values = self.heads[task](features.select(mask_rows[own]), mask_states[own]).float()
+                    result.values = self.heads[task](features.select(masked_rows[own]), states_MD[own]).float()
+                result.object_chances = [
+                    float(chances_MV[first + k, self.first_object + number - 1])
+                    for k, number in enumerate(result.object_numbers)
+                ]
                 first += count
         return results
 

@@ -14,10 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline.data import rle
@@ -26,7 +24,7 @@ from pipeline.data.collate import Collator
 from pipeline.data.loader import EvalLoader, SampleSource
 from pipeline.data.schema import Sample
 from pipeline.data.tokens import TokenMap
-from pipeline.model.generation import Generation
+from pipeline.model.generation import Generation, full_size
 from pipeline.model.painter import Painter
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -203,7 +201,7 @@ class Evaluator:
             }
             if drawn:
                 keys = [prompts.references[i]["index"] for i in drawn]
-                pictures = self.painter.paint(torch.stack(list(drawn.values())), self.seed, keys)
+                pictures = self.painter.paint(torch.stack(list(drawn.values())), self.seed, keys=keys)
                 for i, picture in zip(drawn, pictures, strict=True):
                     predictions[i].picture = picture
         return predictions
@@ -235,16 +233,12 @@ class Evaluator:
 
 
 def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, Any] | None]:
-    """The answer's masks at the picture's own resolution (height, width), by token number; None for a missing number.
-
-    Logits are enlarged bilinearly; a pixel belongs to the mask where the logit is above 0.
-    """
+    """The answer's masks at the picture's own (height, width), by token number; None for a missing number."""
     if generation.mask_logits is None:
         return []
-    large = F.interpolate(generation.mask_logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
     masks: list[dict[str, Any] | None] = [None] * max(generation.object_numbers)
-    for number, mask in zip(generation.object_numbers, large.cpu().numpy().astype(np.uint8), strict=True):
-        masks[number - 1] = rle.encode(mask)
+    for number, mask in zip(generation.object_numbers, full_size(generation.mask_logits, size), strict=True):
+        masks[number - 1] = rle.encode(mask.cpu().numpy())
     return masks
 
 

@@ -71,6 +71,7 @@ class Trainer:
         self._meter = Meter(self.ranks.device, self.ranks.world_size, flops_per_token=flops_per_token)
         self._sums: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
+        self._norms: list[float] = []
         self._saved = first_step if first_step else -1
 
     def train(self) -> str:
@@ -118,6 +119,9 @@ class Trainer:
         set_step = getattr(self.engine.module, "set_step", None)
         if set_step is not None:
             set_step(step)
+        watch_units = getattr(self.engine.module, "watch_units", None)
+        if watch_units is not None:
+            watch_units(self._is_logged(step + 1))
         counts = self._count(batches, stop)
         scale = 1.0 / (self.ranks.world_size * len(batches))
         norms = Norms(
@@ -141,6 +145,7 @@ class Trainer:
         self._reduce(step, batches, losses, parts, scale)
         moved = self.engine.step()
         assert moved, "a step's micro-batches make up one global batch"
+        self._norms.append(self.engine.grad_norm)
         self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
@@ -199,9 +204,12 @@ class Trainer:
         self._sums.update(dict(zip(names, global_sums, strict=True)))
         self._sums.update({"loss": total, "steps": 1})
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.logging_steps == 0 or step == self.last_step
+
     def _after_step(self, step: int, bar: tqdm) -> None:
         """What is due once `step` steps are trained: metrics, validation, checkpoint."""
-        if step % self.logging_steps == 0 or step == self.last_step:
+        if self._is_logged(step):
             metrics = self._metrics()
             shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in metrics.items() if _shown(name)}
             bar.set_postfix(shown, refresh=False)
@@ -230,7 +238,10 @@ class Trainer:
         rates = self.engine.learning_rates
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
         metrics["lr"] = max(rates.values())
-        metrics["grad_norm"] = self.engine.grad_norm
+        metrics["grad_norm"], metrics["grad_norm_max"] = self.engine.grad_norm, max(self._norms)
+        self._norms.clear()
+        unit_rates = getattr(self.engine.module, "unit_rates", None)
+        metrics |= unit_rates() if unit_rates is not None else {}
         metrics["samples_left_out"] = self._counts["skipped"]
         metrics |= self._meter.read()
         self._sums.clear()

@@ -24,7 +24,7 @@ class DataArguments:
     task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
     max_length: int = flag(512, "tokens per sample at most, image tokens included")
-    packing: bool = flag(False, "several samples to a row while training, each seen by itself alone; else padded rows")
+    packing: bool = flag(True, "several samples to a row while training, each seen by itself alone; else padded rows")
     pack_tokens: int = flag(0, "tokens per packed row at most; 0: all samples of a pass in one row, without padding")
     num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
     max_bad_share: float = flag(0.01, "share of unreadable samples at which training stops, 0 to 1")

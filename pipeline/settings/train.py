@@ -36,7 +36,10 @@ class TrainArguments:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     seed: int = flag(0, "of initial values, sample order and draws")
     bf16: str = flag("auto", "train in bfloat16 with fp32 master weights: auto (on a GPU), true, false")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
+    gradient_checkpointing: Literal["none", "attention", "full"] = flag(
+        "none",
+        "activations recomputed in the backward pass: none, each layer's attention, or whole layers (least memory)",
+    )
     attn: Literal["auto", "sdpa_varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = flag(
         "auto", "the LM's attention while training; auto: sdpa_varlen if --packing, else what transformers takes"
     )
@@ -50,6 +53,7 @@ class TrainArguments:
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
+    register_model: str = flag("", "when done, the tuned weights become a version of this registered model of MLflow")
     mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
