@@ -148,7 +148,5 @@ def make_tuner(
 
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
-    # Under ZeRO-3 the table may be cut up; LLaMA's 0.02 stands in then, as in ImageProjector's default.
-    if not table.numel():
-        return 0.02
+    assert table.numel(), "under ZeRO-3 the table is gathered here"
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

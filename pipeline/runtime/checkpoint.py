@@ -33,31 +33,11 @@ MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
-_RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
+_RUN_FILES = (
+    *("checkpoint-*", "metrics.jsonl", "bad_steps.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts"),
+    *("DONE", "REQUEUE"),
+)
 _log = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    engine: Engine, output_dir: str | Path, *, step: int, state: Mapping[str, Any], keep: int = 2
-) -> Path:
-    """Writes `checkpoint-<step>` and then removes all but the `keep` newest (0: none). Collective: every rank calls it.
-
-    state: JSON-able facts besides the tensors. Raises RuntimeError on every rank if rank 0 cannot write; the older
-    checkpoints are then untouched.
-    """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    tensors = elastic.gather(engine)
-    error: BaseException | None = None
-    if engine.ranks.is_main:
-        facts = {"format": FORMAT, "step": step, "schedule": engine.schedule_state(), "zero_stage": engine.stage}
-        facts |= {"world_size": engine.ranks.world_size, **state}
-        try:
-            write(final, tensors, facts)
-            prune(final.parent, keep=keep, newest=final)
-        except Exception as problem:
-            error = problem
-    engine.ranks.agree(error)
-    return final
 
 
 def load_checkpoint(engine: Engine, path: str | Path) -> dict[str, Any]:
@@ -74,7 +54,8 @@ def load_checkpoint(engine: Engine, path: str | Path) -> dict[str, Any]:
     tensors = TrainedState(
         weights=load_file(Path(path) / WEIGHTS), moments=load_file(moments) if moments.exists() else {}
     )
-    elastic.scatter(engine, tensors, step=state["step"])
+    updates = state["step"] - state.get("bad_steps", {}).get("total", 0)
+    elastic.scatter(engine, tensors, step=state["step"], updates=updates)
     return state
 
 
@@ -100,13 +81,34 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> None:
-    """Writes one checkpoint folder; `final` appears only once it is whole. For one process alone."""
+def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> int:
+    """Writes one checkpoint folder; `final` appears only once it is whole. For one process alone.
+
+    Returns its bytes. Raises what the file system raises; what was half written is then removed again.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob("checkpoint-*.tmp"):
         shutil.rmtree(stale)
     part = final.with_name(final.name + ".tmp")
     part.mkdir()
+    try:
+        size = _fill(part, tensors, facts)
+    except Exception:
+        # On a full disk, the space that is missing.
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(part, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return size
+
+
+def _fill(part: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> int:
+    """The files of a checkpoint, the manifest last, all on disk when this returns; their bytes."""
     save_file(tensors.weights, part / WEIGHTS, metadata={"format": "pt"})
     if tensors.moments:
         save_file(tensors.moments, part / MOMENTS, metadata={"format": "pt"})
@@ -120,13 +122,7 @@ def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> None:
     )
     _sync(manifest)
     _sync(part)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(part, final)
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    return sum(path.stat().st_size for path in part.iterdir())
 
 
 def verify(path: str | Path) -> list[str]:
