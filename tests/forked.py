@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ from pipeline.runtime.ranks import free_port
 
 REPO = Path(__file__).resolve().parent.parent
 TESTS = REPO / "tests"
-_PRELOAD = ["pipeline.assembly.training", "pipeline.runtime.tracking", "mlflow", "mlflow.store.tracking.sqlalchemy_store"]
+_PRELOAD = [
+    "pipeline.assembly.training",
+    "pipeline.runtime.tracking",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+]
 _PATIENCE = 20.0
 
 
@@ -51,7 +57,7 @@ class Job:
                     found["rank" if ours else "worker"].append(process)
         return found
 
-    def until(self, condition: Callable[[], Any], seconds: float = 240.0, pause: float = 0.02) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = 600.0, pause: float = 0.02) -> None:
         """Waits for a condition while the job runs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -59,13 +65,13 @@ class Job:
             assert self.process.is_alive() or condition(), f"ended early:\n{self.said[-3000:]}"
             time.sleep(pause)
 
-    def end(self, seconds: float = 240.0) -> int:
+    def end(self, seconds: float = 600.0) -> int:
         """Waits for the launcher and then for whatever it left; returns the launcher's exit status.
 
         Fails if a process lives on.
         """
         self.process.join(seconds)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while (left := [p for kind in self.members().values() for p in kind]) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in left:
@@ -75,9 +81,7 @@ class Job:
         return self.process.exitcode
 
 
-def start(
-    script: Path, args: Sequence[Any], *, log: Path, world: int = 2, env: Mapping[str, str] | None = None
-) -> Job:
+def start(script: Path, args: Sequence[Any], *, log: Path, world: int = 2, env: Mapping[str, str] | None = None) -> Job:
     """Starts `script args` on `world` ranks."""
     context = multiprocessing.get_context("forkserver")
     if str(TESTS) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
@@ -134,8 +138,6 @@ def _run(script: str, args: list[str], rank: int) -> None:
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
