@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Job:
                     found["rank" if ours else "worker"].append(process)
         return found
 
-    def until(self, condition: Callable[[], Any], seconds: float = 240.0, pause: float = 0.02) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = 600.0, pause: float = 0.02) -> None:
         """Waits for a condition while the job runs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -64,13 +65,13 @@ class Job:
             assert self.process.is_alive() or condition(), f"ended early:\n{self.said[-3000:]}"
             time.sleep(pause)
 
-    def end(self, seconds: float = 240.0) -> int:
+    def end(self, seconds: float = 600.0) -> int:
         """Waits for the launcher and then for whatever it left; returns the launcher's exit status.
 
         Fails if a process lives on.
         """
         self.process.join(seconds)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while (left := [p for kind in self.members().values() for p in kind]) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in left:
@@ -137,8 +138,6 @@ def _run(script: str, args: list[str], rank: int) -> None:
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()

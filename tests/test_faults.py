@@ -1,4 +1,4 @@
-"""What can go wrong in a run, made to happen to real ranks: what is said, how it ends, that nobody is left behind."""
+"""What can go wrong in a run, made to happen to real ranks: what is said, how it ends, and that no process is left."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def whole(folder: Path) -> list[str]:
     return [path.name for _, path in found]
 
 
+def ends(job: Job, status: int) -> None:
+    assert job.end() == status, job.said[-4000:]
+
+
 def said_once(job: Job, *texts: str) -> None:
     assert all(job.said.count(text) == 1 for text in texts), job.said[-4000:]
     assert "Traceback" not in job.said, job.said[-4000:]
@@ -56,15 +60,15 @@ def test_bad_steps_are_skipped_on_all_ranks_alike(tmp_path: Path) -> None:
     for folder in (stopped, straight, alone):
         folder.mkdir()
     job = begin(stopped, nan_at=[2, 5], signal_at=3, last_step=8)
-    assert job.end() == 0
+    ends(job, 0)
     assert (stopped / "run" / stopping.REQUEUE).exists()
     assert "step 2 has no finite loss and is skipped (1 in a row, 1 in all)" in job.said
     assert whole(stopped) == ["checkpoint-4"]
     state = checkpoint.read_state(stopped / "run/checkpoint-4")
     assert state["bad_steps"] == {"total": 1, "in_a_row": 0}
-    assert begin(stopped, "again", nan_at=[2, 5], last_step=8).end() == 0
-    assert begin(straight, nan_at=[2, 5], last_step=8).end() == 0
-    assert begin(alone, nan_at=[2, 5], last_step=8, world=1, file="z1").end() == 0
+    ends(begin(stopped, "again", nan_at=[2, 5], last_step=8), 0)
+    ends(begin(straight, nan_at=[2, 5], last_step=8), 0)
+    ends(begin(alone, nan_at=[2, 5], last_step=8, world=1, file="z1"), 0)
 
     losses = figures(straight)
     # Pixels count only where there are pictures: samples 20 and 44 of the last rank's.
@@ -86,7 +90,7 @@ def test_bad_steps_are_skipped_on_all_ranks_alike(tmp_path: Path) -> None:
 
 def test_a_bad_step_moves_nothing(tmp_path: Path) -> None:
     """Two bad steps in a row are saved after each; the second file is the first, byte by byte."""
-    assert begin(tmp_path, nan_at=[2, 3], last_step=4, save_steps=1, world=1, file="z2").end() == 0
+    ends(begin(tmp_path, nan_at=[2, 3], last_step=4, save_steps=1, world=1, file="z2"), 0)
     assert whole(tmp_path) == ["checkpoint-4", "checkpoint-3"]
     for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
         three, four = ((tmp_path / "run" / f"checkpoint-{step}" / name).read_bytes() for step in (3, 4))
@@ -95,7 +99,7 @@ def test_a_bad_step_moves_nothing(tmp_path: Path) -> None:
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     job = begin(tmp_path, nan_at=[1, 3, 4, 5], max_bad_steps=3, save_steps=2, last_step=9)
-    assert job.end() == 2
+    ends(job, 2)
     said_once(job, "--max_bad_steps 3 in a row", "the weights are those of step 2")
     assert "sample-44, sample-45 (loss nan on rank 1)" in job.said
     assert "bad_steps.jsonl" in job.said
@@ -105,7 +109,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path) -> None:
     job = begin(tmp_path, hang_at=3, hang_timeout=6, save_steps=2)
-    assert job.end() == 1
+    ends(job, 1)
     for rank in (0, 1):
         assert f"rank {rank} (process " in job.said
     assert job.said.count("nothing was done for 6 s (--hang_timeout) after step 3") == 2
@@ -131,7 +135,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, number: signal
     job = begin(tmp_path, last_step=10_000, slow=0.05)
     job.until(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(figures(tmp_path)) > 2)
     os.kill(int((tmp_path / "run.pids").read_text().split()[1]), number)
-    assert job.end() == 0
+    ends(job, 0)
     said_once(job, "Stopped by a signal after step")
     assert (tmp_path / "run" / stopping.REQUEUE).exists()
     assert whole(tmp_path) == [f"checkpoint-{max(figures(tmp_path))}"]
@@ -150,15 +154,15 @@ def test_a_launcher_that_is_killed_leaves_no_ranks(tmp_path: Path, victim: str) 
     log = tmp_path / "log"
     with log.open("w") as file:
         cli = subprocess.Popen(list(map(str, command)), env=env, cwd=REPO, stdout=file, stderr=file)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (tmp_path / "run/metrics.jsonl").exists() or not figures(tmp_path):
             assert cli.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         everyone = psutil.Process(cli.pid).children(recursive=True)
         launcher = next(p for p in everyone if "deepspeed.launcher.launch" in p.cmdline())
         os.kill(cli.pid if victim == "command line" else launcher.pid, signal.SIGKILL)
-        cli.wait(60)
-        _, left = psutil.wait_procs(everyone, timeout=120)
+        cli.wait(300)
+        _, left = psutil.wait_procs(everyone, timeout=300)
     left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         process.kill()
@@ -171,10 +175,10 @@ def test_a_launcher_that_is_killed_leaves_no_ranks(tmp_path: Path, victim: str) 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
     job = begin(tmp_path, save_steps=2, last_step=60, world=2, file="z2")
-    assert job.end() == 0
+    ends(job, 0)
     newest = whole(tmp_path)[0]
     job = begin(tmp_path, "full", save_steps=2, last_step=80, limit_at=61, file="z2")
-    assert job.end() == 1
+    ends(job, 1)
     said_once(job, "the checkpoint was not written: the disk is full", "give the same command again")
     assert f"still holds {newest}" in job.said
     assert whole(tmp_path)[0] == newest
@@ -183,14 +187,14 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
 
 def test_an_output_folder_that_vanishes(tmp_path: Path) -> None:
     job = begin(tmp_path, save_steps=2, vanish_at=3, file="z2")
-    assert job.end() == 0
+    ends(job, 0)
     said_once(job, "has vanished, and the checkpoints in it: it is made anew")
     assert whole(tmp_path) == ["checkpoint-6", "checkpoint-4"]
 
 
 def test_an_output_folder_that_cannot_be_made_again(tmp_path: Path) -> None:
     job = begin(tmp_path, save_steps=2, vanish_at=3, in_its_place=True, file="z2")
-    assert job.end() == 1
+    ends(job, 1)
     said_once(job, "the checkpoint was not written", "holds no checkpoint", "can be written to")
 
 

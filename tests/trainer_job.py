@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,10 @@ def batches(options: dict[str, Any], ranks: Ranks, first: int) -> Iterator[list[
             # The limit stands for the disk: the kernel refuses the write in the same way.
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         if step == options.get("vanish_at") and ranks.is_main:
+            for thread in threading.enumerate():
+                # What is being written when its folder goes is another fault.
+                if thread.name == "checkpoint":
+                    thread.join()
             shutil.rmtree(options["output_dir"])
             if options.get("in_its_place"):
                 Path(options["output_dir"]).write_text("")
