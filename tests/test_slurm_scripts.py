@@ -8,12 +8,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import DataArguments, EvalArguments, ModelArguments, TrainArguments, parse
+from pipeline.config import AblationArguments, DataArguments, EvalArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import command_line
 from pipeline.shard_mmud import ShardArguments
 
@@ -22,6 +21,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "pipeline/train.py": (ModelArguments, DataArguments, TrainArguments),
     "pipeline/shard_mmud.py": (ShardArguments,),
     "pipeline/evaluate_mmud.py": (EvalArguments,),
+    "pipeline/ablate.py": (AblationArguments,),
 }
 RUNS = {
     "train_13b.sh": "pipeline/train.py",
@@ -29,6 +29,7 @@ RUNS = {
     "mini.sh": "pipeline/train.py",
     "shard_mmud.sh": "pipeline/shard_mmud.py",
     "evaluate.sh": "pipeline/evaluate_mmud.py",
+    "ablate.sh": "pipeline/ablate.py",
 }
 # Options of srun that lib.sh and the scripts give.
 SRUN = {"--kill-on-bad-exit=1", "--unbuffered"}
@@ -44,15 +45,16 @@ def start(tmp_path: Path, script: str, *flags: str, **env: str) -> tuple[subproc
         "srun": srun,
         "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo n7; echo n8',
         "getent": "exit 0",
+        "venv/bin/python": f'printf "%s\\0" - python "$@" > {tmp_path}/srun',
     }
     for name, body in commands.items():
+        (bin_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin_dir / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_PER_TASK": "6"}
     job |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "8"}
-    job |= {"NT_RUNS": str(tmp_path / "runs"), "NT_VENV": str(Path(sys.executable).parent.parent)}
+    job |= {"NT_RUNS": str(tmp_path / "runs"), "NT_VENV": str(bin_dir / "venv")}
     job |= {"PATH": f"{bin_dir}:{os.environ['PATH']}"} | env
-    # The virtual environment goes in front of PATH; it has no srun.
     done = subprocess.run(
         ["bash", REPO / "slurm" / script, *flags], env=job, capture_output=True, text=True, timeout=60, check=False
     )
@@ -71,6 +73,10 @@ def test_each_script_makes_a_command_line_that_the_program_takes(tmp_path: Path,
     if RUNS[script] == "pipeline/shard_mmud.py":
         (shard,) = command_line.parse(kinds, argv=words[2:], peek=())
         assert (shard.part, shard.source, shard.workers) == ("2/8", "mmud", 6)
+        return
+    if RUNS[script] == "pipeline/ablate.py":
+        (study,) = parse(*kinds, argv=["--study", *words[2:]])
+        assert (study.study, study.part) == ("table4", "2/8")
         return
     parsed = parse(*kinds, argv=words[2:])
     if RUNS[script] == "pipeline/train.py":

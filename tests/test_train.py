@@ -27,7 +27,7 @@ from pipeline.assembly.evaluation import open_checkpoint
 from pipeline.assembly.training import with_absolute_paths
 from pipeline.config import DataArguments, ModelArguments, to_dict
 from pipeline.runtime.checkpoint import load_trained, read_state, verify
-from pipeline.scoring.report import CONDITIONS, SCORES
+from pipeline.scoring.scores import CONDITIONS, SCORES
 
 ACROSS = 2e-6
 SCORE_NAMES = {
@@ -234,11 +234,12 @@ def test_checkpoint_of_two_ranks_holds_the_trained_part_alone(world: World) -> N
 def test_evaluation_reports_every_score(world: World, jobs: Mapping[str, Any]) -> None:
     assert jobs["scores"]["code"] == 0, jobs["scores"]["err"]
     report = json.loads((world.root / "scores" / "report.json").read_text())
-    assert set(report) == {"tuned", "untuned", "shuffled", "run"} == {*CONDITIONS, "run"}
-    assert set(SCORES) == SCORE_NAMES
+    assert set(report) == {*CONDITIONS, "intervals", "run"}
+    assert set(SCORES) >= SCORE_NAMES
     for condition in CONDITIONS:
-        assert set(report[condition]) == SCORE_NAMES
-        missing = {name for name, value in report[condition].items() if value is None}
+        if condition == "teacher_forced":
+            continue
+        missing = {name for name in SCORE_NAMES if report[condition][name] is None}
         # No VQGAN and prior: no pictures. Real captions: no closed list of object names.
         nameless = {"caption_object_f1", "referring_object_accuracy", "reasoning_object_accuracy"}
         assert missing == nameless | {"picture_text_r1_of_50", "picture_clip_cosine"}

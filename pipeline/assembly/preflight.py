@@ -118,7 +118,7 @@ def examine(found: Findings, model: ModelArguments, data: DataArguments, train: 
             deepspeed=deepspeed,
             world_size=ranks.world_size,
             tokens=batch.micro_batch * data.max_length,
-            recompute=train.gradient_checkpointing,
+            recompute=train.gradient_checkpointing == "full",
             clip_parameters=clip or 0.0,
         )
         found.fixed = needs.fixed

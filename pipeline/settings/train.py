@@ -34,6 +34,8 @@ class RunArguments:
     save_steps: int = flag(500, "steps between checkpoints; 0: only at the end")
     save_total_limit: int = flag(2, "checkpoints kept; 0: all")
     eval_steps: int = flag(0, "steps between validations; 0: never")
+    max_bad_steps: int = flag(5, "steps in a row without finite loss or gradients (skipped) that stop the run")
+    hang_timeout: float = flag(1800.0, "seconds without a finished step that end the run, with stacks; 0: for ever")
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
@@ -42,9 +44,11 @@ class RunArguments:
     def __post_init__(self) -> None:
         self.bf16 = self.bf16.lower()
         need(self.bf16 in ("auto", "true", "false"), "bf16 must be auto, true or false", self.bf16)
-        for name in ("global_batch", "max_micro_batch", "logging_steps"):
+        for name in ("global_batch", "max_micro_batch", "logging_steps", "max_bad_steps"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("save_steps", "save_total_limit", "eval_steps", "weight_decay", "max_grad_norm", "adam_eps", "lr"):
+        for name in ("save_steps", "save_total_limit", "eval_steps", "hang_timeout"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm", "adam_eps", "lr"):
             need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         need(self.max_steps > 0 or self.epochs > 0, "epochs must be above 0 when max_steps is not given", self.epochs)
         need(0 <= self.warmup_ratio < 1, "warmup_ratio must be at least 0 and below 1", self.warmup_ratio)
