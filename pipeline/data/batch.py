@@ -165,7 +165,7 @@ class PictureBatch:
 
     def counts(self) -> Counts:
         """How many codes this micro-batch holds; they count as tokens."""
-        return Counts(int(self.attention_mask.sum()), 0, 0)
+        return Counts(int(self.attention_mask.sum()), 0, 0, {})
 
 
 @dataclass(kw_only=True)

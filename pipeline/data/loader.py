@@ -5,17 +5,19 @@ go on after a stop is therefore one number, the trained step, whatever the worke
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.batch import Batch, PromptBatch
+from pipeline.data.batch import PromptBatch
 from pipeline.data.collate import Collator
 from pipeline.data.order import Item, SampleOrder, rank_slice
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, check_names
 
+Collate = Callable[..., Any]
+"""(samples with their items, "key: reason" of the unreadable) -> a Batch, or whatever the Trainer takes for one."""
 EVAL_EPOCH = -1
 """The `epoch` that scoring's draws are keyed by: none of training's, and the same in every run."""
 _GRACE = 200
@@ -41,14 +43,14 @@ def _read(dataset: SampleSource, items: Sequence[Item]) -> tuple[list[tuple[Samp
     return good, bad
 
 
-class StepDataset(Dataset[list[Batch]]):
+class StepDataset(Dataset[list[Any]]):
     """`steps[s]` -> the micro-batches of this rank in step s; the same number of them on every rank, in every step."""
 
     def __init__(
         self,
         dataset: SampleSource,
         order: SampleOrder,
-        collator: Collator,
+        collator: Collate,
         *,
         rank: int,
         world: int,
@@ -70,7 +72,7 @@ class StepDataset(Dataset[list[Batch]]):
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step)
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> list[Any]:
         mine = rank_slice(self.order.items(step), self.rank, self.world)
         micros = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         return [self.collator(*_read(self.dataset, items)) for items in micros]
@@ -99,12 +101,12 @@ class StepLoader:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
         for step, batches in enumerate(self._loader, start=self._steps.first_step):
             self._count(batches)
             yield step, batches
 
-    def _count(self, batches: list[Batch]) -> None:
+    def _count(self, batches: list[Any]) -> None:
         gone = [line for batch in batches for line in batch.skipped]
         self.seen += len(gone) + sum(len(batch.keys) for batch in batches)
         self.skipped += len(gone)
@@ -120,7 +122,7 @@ class StepLoader:
 def build_loader(
     dataset: SampleSource,
     order: SampleOrder,
-    collator: Collator,
+    collator: Collate,
     *,
     rank: int = 0,
     world: int = 1,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.batch import Batch, VisionFeatures
+from pipeline.data.batch import Batch
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.runtime import stopping
 from pipeline.runtime.bad_steps import BadSteps
@@ -36,8 +36,8 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        loader: Iterable[list[Batch]],
-        vision: Callable[[Tensor], VisionFeatures],
+        loader: Iterable[list[Any]],
+        vision: Callable[[Any], Any],
         tracker: Tracker,
         *,
         output_dir: str | Path,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from pipeline.data.collate import Collator
-from pipeline.data.loader import SampleSource, build_loader
+from pipeline.data.loader import Collate, SampleSource, build_loader
 from pipeline.data.order import SampleOrder
 from pipeline.model.losses import LossWeights, Norms
-from pipeline.model.vision import VisionTower
 from pipeline.runtime.ds_config import BatchPlan
 from pipeline.runtime.engine import Engine
 
@@ -28,9 +27,9 @@ class ValidationLoss:
     def __init__(
         self,
         dataset: SampleSource,
-        collator: Collator,
+        collator: Collate,
         engine: Engine,
-        vision: VisionTower,
+        vision: Callable[[Any], Any],
         tasks: Sequence[str],
         batch: BatchPlan,
         weights: LossWeights,
