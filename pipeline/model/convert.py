@@ -70,8 +70,9 @@ def read_weights(path: Path) -> Weights:
         with torch.serialization.safe_globals(shells):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # torch's own first lines advise to switch the restriction off.
-        why = (str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0]
+        # Around what the unpickler says, torch puts the advice to switch the restriction off.
+        own = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        why = (str(own).splitlines() or [""])[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of torch.save (version 1.6 or later): {why}. A file of an older "
             "torch has to be saved anew with today's"

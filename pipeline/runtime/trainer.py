@@ -179,7 +179,7 @@ class Trainer:
             "pictures": sum(count.pictures for count in per_batch),
             "rows": sum(len(batch.keys) for batch in batches),
             "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
-            "slots": sum(batch.input_ids.numel() for batch in batches),
+            "slots": sum(batch.attention_mask.numel() for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
             "unsaved": float(self._saver.failed),
