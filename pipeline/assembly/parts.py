@@ -33,9 +33,12 @@ from pipeline.model.vision import VisionTower
 
 def load_vision(model: ModelArguments, device: torch.device) -> VisionTower:
     """The frozen CLIP on its device. Raises ValueError naming what is missing or does not fit."""
-    taps = model.tap_layers(10**6) if model.clip_taps else None
-    tower = VisionTower.from_local(model.clip, model.clip_weights or None, taps=taps)
-    return tower.to(device)
+    return load_tower(model.clip, model.clip_weights, device, model.tap_layers(10**6) if model.clip_taps else None)
+
+
+def load_tower(clip: str, weights: str, device: torch.device, taps: tuple[int, ...] | None = None) -> VisionTower:
+    """The same by its settings alone."""
+    return VisionTower.from_local(clip, weights or None, taps=taps).to(device)
 
 
 def load_token_map(model: ModelArguments) -> TokenMap:

@@ -176,7 +176,7 @@ def _data(found: Findings, data: DataArguments, train: TrainArguments) -> int:
         return 0
     sizes = [found.attempt(partial(_samples, folder)) for folder in folders(data.data)]
     if all(sizes) and train.eval_steps:
-        found.attempt(lambda: open_validation(data, train))
+        found.attempt(lambda: open_validation(data.data, train))
     return sum(size or 0 for size in sizes)
 
 

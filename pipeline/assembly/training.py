@@ -14,7 +14,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from pipeline.assembly import parts
-from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments, to_dict
+from pipeline.config import REPO, DataArguments, ModelArguments, RunArguments, TrainArguments, to_dict
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Collator
 from pipeline.data.loader import build_loader
@@ -196,7 +196,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
-    valid = open_validation(data, train) if train.eval_steps else None
+    valid = open_validation(data.data, train) if train.eval_steps else None
     batch = plan_batch(train.global_batch, ranks.world_size, micro_batch=train.micro_batch, limit=train.max_micro_batch)
     steps = count_steps(len(dataset), train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
     optimizer = OptimizerSettings(
@@ -258,12 +258,12 @@ def attention(attn: str, packing: bool) -> str | None:
     return attn
 
 
-def open_validation(data: DataArguments, train: TrainArguments) -> MixedDataset:
+def open_validation(data: str, train: RunArguments) -> MixedDataset:
     """The split that --eval_steps goes through. Raises ValueError if it is missing or less than one global batch."""
     try:
-        valid = parts.open_split(data.data, "valid")
+        valid = parts.open_split(data, "valid")
         if len(valid) < train.global_batch:
-            raise ValueError(f"{data.data} has {len(valid)} samples, fewer than --global_batch {train.global_batch}")
+            raise ValueError(f"{data} has {len(valid)} samples, fewer than --global_batch {train.global_batch}")
     except ValueError as error:
         raise ValueError(
             f"--eval_steps {train.eval_steps} needs a split 'valid' of a global batch or more: {error}. Pack one with "
@@ -344,7 +344,7 @@ def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ran
             f"start.{first}": {**record["machine"], "world_size": record["world_size"], "git": record["git"]},
         }
     )
-    if parent := record["config"]["TrainArguments"].get("mlflow_parent"):
+    if parent := record["config"].get("TrainArguments", {}).get("mlflow_parent"):
         tracker.set_tags({"mlflow.parentRunId": parent})
     tracker.log_artifact(path)
     if changed := git_diff(REPO):
