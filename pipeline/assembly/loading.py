@@ -138,7 +138,7 @@ def load_painter(
 def untrained_tuner(trained: Trained, vision: VisionTower, device: torch.device, dtype: torch.dtype) -> NeuralTuner:
     """The checkpoint's model with initial values, `dtype` being that of the frozen LM."""
     llm = parts.load_llm(trained.model, dtype, device=device)
-    tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed).to(device)
+    tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed, tasks=trained.data.task_names).to(device)
     initialise(tuner, trained.seed)
     return tuner
 

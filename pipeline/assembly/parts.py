@@ -7,6 +7,7 @@ its weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.model import quantisation
 from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
+from pipeline.model.heads import HEADS
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -105,9 +107,15 @@ def load_llm(
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: str = "none"
+    model: ModelArguments,
+    llm: PreTrainedModel,
+    tower: VisionTower,
+    *,
+    seed: int,
+    tasks: Sequence[str] = tuple(TASKS),
+    gradient_checkpointing: str = "none",
 ) -> NeuralTuner:
-    """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
+    """The tuned model around a loaded LM, with the decoders of `tasks`; `initialise` gives it its values."""
     layers = llm.config.num_hidden_layers
     first = model.first_tuned_layer
     assert first is not None
@@ -134,6 +142,7 @@ def make_tuner(
         clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
+        heads={name: HEADS[name](hidden, tower.width) for name in tasks if name in HEADS},
     )
     if gradient_checkpointing != "none":
         enable_checkpointing(llm, gradient_checkpointing)

@@ -39,7 +39,7 @@ from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.validation import ValidationLoss
 
 MINI_SHARDS = REPO / "shards" / "mini"
-_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir")
+_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir", "task_module")
 _LOCAL_CLIP = "local-dir:"
 
 
@@ -282,7 +282,14 @@ def prepare_tuner(
     bf16 = train.use_bf16(ranks.device.type)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=ranks.device)
-    tuner = parts.make_tuner(model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing)
+    tuner = parts.make_tuner(
+        model,
+        llm,
+        vision,
+        seed=train.seed,
+        tasks=data.task_names,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
     initialise(tuner, train.seed)
     return tuner
 

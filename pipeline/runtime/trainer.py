@@ -25,7 +25,7 @@ from pipeline.runtime.throughput import Meter
 from pipeline.runtime.tracking import Tracker
 
 # The count that each sum of the model's forward is divided by; "dice/referring" goes with "masks/referring".
-_COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures"}
+_COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures", "value": "values"}
 
 
 class Trainer:
@@ -125,7 +125,10 @@ class Trainer:
         counts = self._count(batches, stop)
         scale = 1.0 / (self.ranks.world_size * len(batches))
         norms = Norms(
-            tokens=counts["tokens"] * scale, masks=counts["masks"] * scale, pictures=counts["pictures"] * scale
+            tokens=counts["tokens"] * scale,
+            masks=counts["masks"] * scale,
+            pictures=counts["pictures"] * scale,
+            values={task: counts[f"values/{task}"] * scale for task in batches[0].counts().values},
         )
         losses: list[Tensor] = []
         parts: Counter[str] = Counter()
@@ -159,6 +162,8 @@ class Trainer:
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
         }
+        # Each batch names the same tasks, so every rank brings as many sums.
+        local |= {f"values/{task}": sum(count.values[task] for count in per_batch) for task in per_batch[0].values}
         total = dict(zip(local, self.ranks.sum([float(value) for value in local.values()]), strict=True))
         self._counts.update({name: total[name] for name in ("rows", "skipped")})
         if total["skipped"]:
