@@ -46,7 +46,7 @@ def llm_config(model: ModelArguments) -> PreTrainedConfig:
 
 
 def skeleton(
-    model: ModelArguments, *, gradient_checkpointing: bool = False, bf16: bool = True
+    model: ModelArguments, *, gradient_checkpointing: str = "none", bf16: bool = True
 ) -> tuple[NeuralTuner, VisionTower]:
     """The tuned model and CLIP by the constructors of training, on the meta device: shapes without content."""
     taps = model.tap_layers(10**6) if model.clip_taps else None
@@ -68,11 +68,11 @@ class Planning:
         if plan.gpus_per_node:
             self.gpu = dataclasses.replace(self.gpu, per_node=plan.gpus_per_node)
         self.bf16 = train.use_bf16("cuda")
-        self._traces: dict[tuple[int, bool], tuple[Traced, float]] = {}
-        self._models: dict[bool, NeuralTuner] = {}
-        self._tuner(False)
+        self._traces: dict[tuple[int, str], tuple[Traced, float]] = {}
+        self._models: dict[str, NeuralTuner] = {}
+        self._tuner("none")
 
-    def _tuner(self, checkpointing: bool) -> NeuralTuner:
+    def _tuner(self, checkpointing: str) -> NeuralTuner:
         if checkpointing not in self._models:
             tuner, self.tower = skeleton(self.model, gradient_checkpointing=checkpointing, bf16=self.bf16)
             self._models[checkpointing] = tuner
@@ -81,7 +81,7 @@ class Planning:
     @cached_property
     def count(self) -> Parameters:
         """Numbers of parameters."""
-        return counting.count_parameters(self._tuner(False), self.tower)
+        return counting.count_parameters(self._tuner("none"), self.tower)
 
     @cached_property
     def workload(self) -> Workload:
@@ -92,7 +92,7 @@ class Planning:
             samples=self.args.samples,
             epochs=self.train.epochs,
             global_batch=self.train.global_batch,
-            image_tokens=self._tuner(False).projector.n_tokens(self.tower.grid),
+            image_tokens=self._tuner("none").projector.n_tokens(self.tower.grid),
             text_tokens=self.args.text_tokens,
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
@@ -107,7 +107,7 @@ class Planning:
             llm = AutoModelForCausalLM.from_config(llm_config(self.model), attn_implementation=ATTENTION)
         return counting.forward_tmac(llm, self.workload.image_tokens + round(self.args.text_tokens))
 
-    def trace(self, samples: int, checkpointing: bool) -> tuple[Traced, float]:
+    def trace(self, samples: int, checkpointing: str) -> tuple[Traced, float]:
         """The traced pass of so many samples, and the mean share of its work."""
         key = (samples, checkpointing)
         if key not in self._traces:
@@ -129,7 +129,7 @@ class Planning:
             plan=batch,
             optimizer=OptimizerSettings(lr=self.train.lr, max_grad_norm=self.train.max_grad_norm),
             bf16=self.bf16,
-            hidden_size=self._tuner(False).llm.config.hidden_size,
+            hidden_size=self._tuner("none").llm.config.hidden_size,
         )
         return Zero.of(config, ranks), batch.micro_batch
 
@@ -179,7 +179,7 @@ class Planning:
         """Writes the curves as a PNG."""
         title = (
             f"{self.model.preset} on {self.gpu.name}, {self.gpu.per_node} per node, {plan.choice.micro_batch} samples "
-            f"per GPU and step{', checkpointed' if plan.choice.checkpointing else ''}, {self.train.epochs:g} epochs"
+            f"per GPU and step, checkpointing {plan.choice.checkpointing}, {self.train.epochs:g} epochs"
         )
         plot.draw(self.curves(plan), title, Path(path))
 
