@@ -33,14 +33,17 @@ CORE = [
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
 DEMO = ["gradio>=6"]
+QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
 EXTRAS = {
     "eval": EVAL,
-    "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
+    "gpu": ["triton>=3.6; platform_system == 'Linux'", *QUANT],
+    "quant": QUANT,
     "demo": DEMO,
     "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
         *DEMO,
+        *QUANT,
         "peft>=0.18",
         "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",
@@ -70,6 +73,7 @@ setup(
         "pipeline.inference",
         "pipeline.mini",
         "pipeline.settings",
+        "pipeline.planning",
         "sparse_kernels",
     ],
     package_dir={"": ".", "sparse_kernels": "kernels/sparse_kernels"},

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[demo]")
+pytest.importorskip("selenium", reason="the page's visit needs selenium: pip install -e .[dev]")
 
 from mini_answers import mini_checkpoint, saying, scene
 from PIL import Image

@@ -76,6 +76,8 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
     saved = world.one / "checkpoint-2"
     unknown = train("unknown flag")
     unknown["args"] += ["--global-bach", "8"]
+    ready = train("ready")
+    ready["args"] += ["--preflight"]
     plan = [
         unknown,
         train("no base", leave_out="base"),
@@ -83,9 +85,10 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         train("missing base", base=world.root / "nowhere"),
         train("missing deepspeed", deepspeed=world.root / "z9.json"),
         train("odd batch", micro_batch=3),
-        # No CLIP either: what is said first shows that no model was loaded before.
-        train("small valid", eval_steps=2, clip_weights=world.root / "nowhere"),
-        train("no valid", eval_steps=2, data=without_valid(world), clip_weights=world.root / "nowhere"),
+        train("small valid", eval_steps=2),
+        train("no valid", eval_steps=2, data=without_valid(world)),
+        train("several", clip_weights=world.root / "nowhere", data=world.root / "nowhere", micro_batch=3),
+        ready,
         train("other seed", resume=saved, seed=1),
         train("other batch", resume=saved, global_batch=2),
         train("other length", resume=saved, max_steps=6),
@@ -345,6 +348,20 @@ def test_what_a_user_can_mend_is_one_message(jobs: Mapping[str, Any], name: str,
     # One message: at most the hint at --help stands below it.
     assert len([line for line in said.splitlines() if line.strip()]) <= 2, said
     assert "tuning" not in said
+
+
+def test_what_is_missing_is_listed_before_anything_is_loaded(world: World, jobs: Mapping[str, Any]) -> None:
+    job = jobs["several"]
+    assert job["code"] == 2
+    first, *rest = job["err"].strip().splitlines()
+    assert first == "train.py: error: 3 things to mend before this run can start:"
+    for words, line in zip(("clip_weights", "--data", "--micro_batch"), rest, strict=True):
+        assert words in line
+    assert jobs["ready"]["code"] == 0, jobs["ready"]["err"]
+    assert jobs["ready"]["out"].startswith("Ready: 1 rank on cpu, at least ")
+    for name in ("several", "ready"):
+        assert "tuning" not in jobs[name]["out"] + jobs[name]["err"]
+        assert not (world.root / name).exists()
 
 
 def test_what_one_rank_alone_meets_is_one_message(world: World) -> None:

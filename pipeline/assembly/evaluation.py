@@ -19,7 +19,7 @@ from pipeline.data.loader import SampleSource
 from pipeline.data.task_module import load_task_module
 from pipeline.mini import grammar
 from pipeline.model.painter import Sampling
-from pipeline.runtime.checkpoint import load_trained
+from pipeline.runtime.checkpoint import is_exported, load_trained
 from pipeline.runtime.evaluator import EachPhrase, Evaluator
 from pipeline.runtime.journal import METRICS
 from pipeline.runtime.provenance import git_state, package_versions
@@ -52,6 +52,8 @@ class Evaluation:
     def __init__(self, args: EvalArguments, ranks: Ranks) -> None:
         self.args, self.ranks = args, ranks
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
+        if is_exported(trained.folder) and not args.report_dir:
+            raise ValueError(f"--report_dir names the folder of the report: {trained.folder} is an export, not a run")
         self.folder = Path(args.report_dir or trained.folder.parent)
         self.predictions = self.folder / "predictions"
         check_base(trained)

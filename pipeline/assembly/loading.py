@@ -18,6 +18,7 @@ from pipeline.assembly import parts
 from pipeline.config import PRESETS, REPO, DataArguments, ModelArguments, from_dict
 from pipeline.data.collate import Collator
 from pipeline.data.tokens import TokenMap
+from pipeline.model import quantisation
 from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.painter import Painter, Sampling
@@ -103,6 +104,7 @@ def check_base(trained: Trained) -> None:
     if not trained.model.base:
         raise ValueError(f"{trained.folder} holds the tuned part alone: give --base, the folder of its base model")
     parts.read_config(trained.model)
+    quantisation.check(trained.model.base_quant)
     found, trained_on = fingerprint(trained.model.base), trained.state["base"]["fingerprint"]
     if found != trained_on:
         raise ValueError(
@@ -135,7 +137,7 @@ def load_painter(
 
 def untrained_tuner(trained: Trained, vision: VisionTower, device: torch.device, dtype: torch.dtype) -> NeuralTuner:
     """The checkpoint's model with initial values, `dtype` being that of the frozen LM."""
-    llm = parts.load_llm(trained.model, dtype)
+    llm = parts.load_llm(trained.model, dtype, device=device)
     tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed, tasks=trained.data.task_names).to(device)
     initialise(tuner, trained.seed)
     return tuner

@@ -21,6 +21,7 @@ from pipeline.data.collate import Collator
 from pipeline.data.mixture import MixedDataset, open_data
 from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
+from pipeline.model import quantisation
 from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
@@ -91,11 +92,18 @@ def open_split(data: str, split: str) -> MixedDataset:
     return open_data(data, split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
-    """The frozen LM in `dtype`. attn: transformers' name of an attention implementation; None for its choice."""
+def load_llm(
+    model: ModelArguments, dtype: torch.dtype, *, attn: str | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The frozen LM in `dtype`.
+
+    attn: transformers' name of an attention implementation; None for its choice. device: where --base_quant quantises
+    it, matrix by matrix; without quantisation it is loaded into CPU memory.
+    """
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn)
+    quantised = quantisation.options(model.base_quant, dtype, device or torch.device("cpu"))
+    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn, **quantised)
 
 
 def make_tuner(
@@ -173,7 +181,8 @@ def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) ->
 
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
-    # Under ZeRO-3 the table may be cut up; LLaMA's 0.02 stands in then, as in ImageProjector's default.
-    if not table.numel():
+    # Under ZeRO-3 the table may be cut up, and a planned model has none; LLaMA's 0.02 stands in then, as in
+    # ImageProjector's default.
+    if not table.numel() or table.is_meta:
         return 0.02
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

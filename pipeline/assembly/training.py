@@ -23,6 +23,7 @@ from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
 from pipeline.inference.export import save_pretrained
 from pipeline.mini.source import MiniSource
+from pipeline.model import quantisation
 from pipeline.model.attention import SDPA_VARLEN
 from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
@@ -149,7 +150,7 @@ class RunPlan:
 
     def record(self, tuner: NeuralTuner, token_map: TokenMap) -> dict[str, Any]:
         """The content of run.json, which every checkpoint holds too."""
-        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in tuner.named_parameters()}
+        sizes = {name: quantisation.elements(p) for name, p in tuner.named_parameters()}
         trained = sum(sizes[name] for name in tuner.trained_parameters())
         return run_record(
             with_absolute_paths(to_dict(self.model, self.data, self.train)),
@@ -187,6 +188,8 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         warmup_steps=round(train.warmup_ratio * steps),
     )
     config = parts.read_config(model)
+    deepspeed = read_json(train.deepspeed_file())
+    quantisation.check(model.base_quant, deepspeed.get("zero_optimization", {}).get("stage", 0))
     base = {"path": os.path.abspath(model.base), "fingerprint": fingerprint(model.base)}
     return RunPlan(
         model=model,
@@ -207,7 +210,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         batch=batch,
         optimizer=optimizer,
         deepspeed=resolve(
-            read_json(train.deepspeed_file()),
+            deepspeed,
             plan=batch,
             optimizer=optimizer,
             bf16=train.use_bf16(ranks.device.type),
@@ -277,7 +280,8 @@ def prepare_tuner(
 ) -> NeuralTuner:
     """The tuned model with its initial values, on this rank's device, in the precision of training."""
     bf16 = train.use_bf16(ranks.device.type)
-    llm = parts.load_llm(model, torch.bfloat16 if bf16 else torch.float32, attention(train.attn, data.packing))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=ranks.device)
     tuner = parts.make_tuner(
         model,
         llm,
@@ -296,7 +300,7 @@ def flops_per_token(tuner: NeuralTuner) -> float:
     Frozen weights have no gradients; what is trained is so small that it is left out, as is attention's quadratic part.
     """
     inner = [p for name, p in tuner.llm.named_parameters() if "embed" not in name and "lm_head" not in name]
-    return 4.0 * sum(getattr(p, "ds_numel", p.numel()) for p in inner)
+    return 4.0 * sum(quantisation.elements(p) for p in inner)
 
 
 def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks, first: int = 0) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data import prompts, rle
 from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, ObjectValues, PromptBatch
-from pipeline.data.images import normalise, squash
+from pipeline.data.images import normalise, to_square
 from pipeline.data.order import Item, keyed_rng
 from pipeline.data.rows import lay_out
 from pipeline.data.schema import Sample
@@ -199,7 +199,7 @@ class Collator:
         question_ids, answer_ids = self._fit(text, self.max_length - len(begin))
         numbers = [n for n in map(self.token_map.object_number, answer_ids) if n is not None]
         assert numbers == list(range(1, len(numbers) + 1))
-        picture = squash(sample.image, self.image_size)
+        picture = to_square(sample.image, self.image_size)
         objects = text.object_indices[: len(numbers)]
         return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, picture)
 

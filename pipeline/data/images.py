@@ -75,24 +75,24 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def to_pixels(data: bytes, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """CLIP's input [3, image_size, image_size], float32. `mean` and `std` are per channel, of values in 0..1."""
-    return normalise([squash(data, image_size)], mean=mean, std=std)[0]
+    return normalise([to_square(data, image_size)], mean=mean, std=std)[0]
 
 
 def pixels_of(image: Image.Image, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """As to_pixels, of an RGB picture in memory."""
-    return normalise([squash_image(image, image_size)], mean=mean, std=std)[0]
+    return normalise([squash(image, image_size)], mean=mean, std=std)[0]
 
 
-def squash(data: bytes, image_size: int) -> torch.Tensor:
-    """The picture as bytes, uint8 [3, image_size, image_size]."""
+def to_square(data: bytes, image_size: int) -> torch.Tensor:
+    """The first half of to_pixels: the picture in bytes, uint8 [3, image_size, image_size]."""
     # Twice the wanted side leaves the bicubic filter something to average, so drafting costs no quality.
-    return squash_image(load(data, draft=2 * image_size), image_size)
+    return squash(load(data, draft=2 * image_size), image_size)
 
 
-def squash_image(image: Image.Image, image_size: int) -> torch.Tensor:
-    """As squash, of an RGB picture in memory.
+def squash(image: Image.Image, image_size: int) -> torch.Tensor:
+    """An RGB picture in bytes, uint8 [3, image_size, image_size].
 
-    torch's bicubic filter on bytes is PIL's, which open_clip takes, in a fifth of the time. Its weights are rounded
+    torch's bicubic filter on bytes is PIL's, which open_clip takes, in a third of the time. Its weights are rounded
     otherwise: three bytes in a hundred differ, almost all of them by 1.
     """
     picture_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
@@ -102,7 +102,7 @@ def squash_image(image: Image.Image, image_size: int) -> torch.Tensor:
 
 
 def normalise(pictures: Sequence[torch.Tensor], *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """CLIP's input [B,3,S,S], float32, of B >= 1 pictures from squash."""
+    """CLIP's input [B,3,S,S], float32, of B >= 1 pictures from to_square: the second half of to_pixels."""
     mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (mean, std))
     scale_C11, shift_C11 = 1 / (255 * std_C11), -mean_C11 / std_C11
     pixels_BCHW = torch.empty(len(pictures), *pictures[0].shape)

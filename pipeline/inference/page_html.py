@@ -132,6 +132,8 @@ def empty_html(message: str) -> str:
 
 def neurons_html(firing: Firing) -> str:
     """A strip for each tuned layer, a column for each unit: bright where it fired at most tokens."""
+    if not firing.layers:
+        return "<p>This model has no sparse networks.</p>"
     rows = []
     for row, layer_index in enumerate(firing.layers):
         best = ", ".join(f"{unit} ({share:.0%})" for unit, share in firing.most_active(row))

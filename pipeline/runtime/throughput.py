@@ -8,23 +8,15 @@ import time
 
 import torch
 
-# Dense bf16 matrix FLOP/s of one GPU, from NVIDIA's data sheets (without sparsity). The first name that the device's
-# name contains counts.
-_PEAKS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("4090", 165.2e12),
-)
+from pipeline.planning.gpus import of_device
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device, or None if it is no GPU or not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    gpu = of_device(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def memory_gib(device: torch.device) -> float:

@@ -14,7 +14,7 @@ from pipeline.settings.checks import need
 class EvalArguments:
     """Scoring of a checkpoint."""
 
-    checkpoint: str = flag("", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini")
+    checkpoint: str = flag("", "checkpoint, run or exported folder; empty: runs/mini, else runs/quickstart")
     split: str = flag("test", "split of the data set")
     eval_batch: int = flag(32, "prompts per rank decoded together")
     max_new_tokens: int = flag(64, "tokens of an answer at most")
@@ -32,6 +32,9 @@ class EvalArguments:
     report_dir: str = flag("", "folder of report.json, report.md and the contact sheet; empty: the run's folder")
     data: str = flag("", "folder of packed shards; empty: the one that was trained on")
     base: str = flag("", "folder of the frozen LM; empty: as in training (the same for clip, vqgan, prior)")
+    base_quant: Literal["", "none", "nf4", "int8"] = flag(
+        "", "bits of the frozen LM's matrices, as in training when empty"
+    )
     clip: str = flag("", "frozen CLIP, as in training when empty")
     clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
     vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
@@ -73,8 +76,8 @@ class EvalArguments:
 
     @property
     def replaced(self) -> dict[str, str]:
-        """The paths that were given, in place of those of the training run."""
-        names = ("data", "base", "clip", "clip_weights", "vqgan", "prior")
+        """What was given in place of the training run's: paths, and the frozen LM's bits."""
+        names = ("data", "base", "base_quant", "clip", "clip_weights", "vqgan", "prior")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 

@@ -41,6 +41,7 @@ class ModelArguments:
     preset: Literal["mini", "7b", "13b"] = flag("mini", "a set of values for the flags that are not given")
     config: str = flag("", "YAML file of `flag: value` lines, below the flags and above the preset")
     base: str = flag("", "folder of the frozen Hugging Face causal LM")
+    base_quant: Literal["none", "nf4", "int8"] = flag("none", "bits of the frozen LM's matrices: bf16/fp32, 4 or 8")
     clip: str = flag("", "frozen CLIP: an open_clip model name, or local-dir:FOLDER")
     clip_weights: str = flag("", "weights file of the open_clip model; not needed for local-dir:")
     vqgan: str = flag("", "folder of the VQGAN that turns codes into pictures; only to look at generated pictures")

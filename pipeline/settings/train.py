@@ -54,6 +54,7 @@ class TrainArguments:
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
     register_model: str = flag("", "when done, the tuned weights become a version of this registered model of MLflow")
+    preflight: bool = flag(False, "only check files, batch, disk and memory, load no model; exit code 0 if all is well")
     mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
