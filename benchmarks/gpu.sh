@@ -101,7 +101,7 @@ fi
 [ -z "$kind" ] || part plan_13b 60 "$PYTHON" pipeline/plan.py --preset 13b --gpu "$kind" --gradient_checkpointing True
 # How long does an answer take?
 if [ -e benchmarks/infer.py ]; then
-    part infer_7b 300 "$PYTHON" benchmarks/infer.py --size 7b --csv "$ROWS"
+    part infer_7b 300 "$PYTHON" benchmarks/infer.py --shape 7b --device cuda
 fi
 # What do the sparse kernels cost, alone and in a layer?
 part layer 120 "$PYTHON" benchmarks/tuned_layer.py

@@ -216,8 +216,20 @@ def test_every_deepspeed_file_resolves(file: Path, world: int) -> None:
     assert raw == read_json(file)
 
 
-def test_there_are_the_five_files() -> None:
-    assert {path.stem for path in DS_FILES} == {"z1", "z2", "z3", "z2_offload", "z3_offload"}
+def test_there_are_the_seven_files() -> None:
+    names = {"z1", "z2", "z3", "z2_offload", "z3_offload", "z3_quantized", "z3_hpz"}
+    assert {path.stem for path in DS_FILES} == names
+
+
+def test_quantised_gathering_is_for_cuda_and_groups_divide_the_ranks() -> None:
+    raw = read_json(config.REPO / "ds_configs" / "z3_hpz.json")
+    on_gpu, on_cpu = (resolved(raw, 4, on_cpu=on_cpu)["zero_optimization"] for on_cpu in (False, True))
+    assert on_gpu["zero_quantized_weights"] is True and on_gpu["zero_hpz_partition_size"] == 4
+    assert "zero_quantized_weights" not in on_cpu and on_cpu["zero_hpz_partition_size"] == 4
+    # Fewer ranks than a group: DeepSpeed takes all of them.
+    resolved(raw, 2)
+    with pytest.raises(ValueError, match="zero_hpz_partition_size is 4 .* 6 ranks"):
+        resolved(raw, 6)
 
 
 def test_all_contradictions_are_named_with_both_values() -> None:

@@ -85,6 +85,10 @@ def test_commands_name_files_of_the_repository() -> None:
     assert len(listed.splitlines()) >= 10
     words = {word for line in listed.splitlines() for word in line.split() if word.endswith((".py", ".json"))}
     assert not [word for word in words if not (REPO / word).exists()]
+    for line in listed.splitlines():
+        if script := next((word for word in line.split() if word.startswith(("benchmarks/", "kernels/bench"))), None):
+            known = (REPO / script).read_text()
+            assert not [word for word in line.split() if word.startswith("--") and f'"{word}"' not in known], line
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

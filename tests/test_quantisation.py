@@ -136,7 +136,7 @@ def test_train_resumes_across_precisions(tmp_path: Path, packed: Path) -> None:
             "save_total_limit": 0,
             "num_workers": 0,
             "max_length": 320,
-            "gradient_checkpointing": "True",
+            "gradient_checkpointing": "full",
             **changed,
         }
         return {"name": name, "script": "train.py", "args": [str(w) for k, v in flags.items() for w in (f"--{k}", v)]}

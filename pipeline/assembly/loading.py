@@ -104,6 +104,7 @@ def check_base(trained: Trained) -> None:
     if not trained.model.base:
         raise ValueError(f"{trained.folder} holds the tuned part alone: give --base, the folder of its base model")
     parts.read_config(trained.model)
+    quantisation.check(trained.model.base_quant)
     found, trained_on = fingerprint(trained.model.base), trained.state["base"]["fingerprint"]
     if found != trained_on:
         raise ValueError(
@@ -136,9 +137,8 @@ def load_painter(
 
 def untrained_tuner(trained: Trained, vision: VisionTower, device: torch.device, dtype: torch.dtype) -> NeuralTuner:
     """The checkpoint's model with initial values, `dtype` being that of the frozen LM."""
-    quantisation.check(trained.model.base_quant, stage=0)
     llm = parts.load_llm(trained.model, dtype, device=device)
-    tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed).to(device)
+    tuner = parts.make_tuner(trained.model, llm, vision, seed=trained.seed, tasks=trained.data.task_names).to(device)
     initialise(tuner, trained.seed)
     return tuner
 

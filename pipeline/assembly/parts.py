@@ -7,6 +7,7 @@ its weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.model import quantisation
 from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
+from pipeline.model.heads import HEADS
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -105,9 +107,15 @@ def load_llm(
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: str = "none"
+    model: ModelArguments,
+    llm: PreTrainedModel,
+    tower: VisionTower,
+    *,
+    seed: int,
+    tasks: Sequence[str] = tuple(TASKS),
+    gradient_checkpointing: str = "none",
 ) -> NeuralTuner:
-    """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
+    """The tuned model around a loaded LM, with the decoders of `tasks`; `initialise` gives it its values."""
     layers = llm.config.num_hidden_layers
     first = model.first_tuned_layer
     assert first is not None
@@ -134,6 +142,7 @@ def make_tuner(
         clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
+        heads={name: HEADS[name](hidden, tower.width) for name in tasks if name in HEADS},
     )
     if gradient_checkpointing != "none":
         enable_checkpointing(llm, gradient_checkpointing)
@@ -172,8 +181,8 @@ def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) ->
 
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
-    # Under ZeRO-3 the table may be cut up, and a planned model has none; LLaMA's 0.02 stands in then, as in
-    # ImageProjector's default.
-    if not table.numel() or table.is_meta:
+    if table.is_meta:
+        # A planned model has no values; LLaMA's 0.02 stands in, as in ImageProjector's default.
         return 0.02
+    assert table.numel(), "under ZeRO-3 the table is gathered here"
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

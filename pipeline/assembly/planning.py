@@ -53,7 +53,8 @@ def skeleton(
     tower = VisionTower.skeleton(model.clip, taps=taps)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(model), attn_implementation=ATTENTION)
-        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=gradient_checkpointing)
+        recomputed = "full" if gradient_checkpointing else "none"
+        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=recomputed)
     return tuner.to(torch.bfloat16 if bf16 else torch.float32).train(), tower
 
 
@@ -96,7 +97,7 @@ class Planning:
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
             max_tokens=self.data.max_length,
-            packed=self.args.packed,
+            packed=self.data.packing,
         )
 
     @cached_property
@@ -134,13 +135,15 @@ class Planning:
 
     def given(self) -> Plan:
         """The plan of the flags as they are."""
+        if self.train.gradient_checkpointing == "attention":
+            raise ValueError("plan.py knows --gradient_checkpointing none and full: give one of them")
         file = self.train.deepspeed_file()
         zero, micro = self.zero(file, self.train.micro_batch, self.args.gpus, self.train.global_batch)
         quantisation.check(self.model.base_quant, zero.stage)
         choice = Choice(
             file=file.stem,
             micro_batch=micro,
-            checkpointing=self.train.gradient_checkpointing,
+            checkpointing=self.train.gradient_checkpointing == "full",
             quant=self.model.base_quant,
         )
         return self.planner.plan(choice, zero)
@@ -216,8 +219,9 @@ class Planning:
             "deepspeed": f"ds_configs/{plan.choice.file}.json",
             "global_batch": self.train.global_batch,
             "micro_batch": plan.choice.micro_batch,
-            "gradient_checkpointing": plan.choice.checkpointing,
+            "gradient_checkpointing": "full" if plan.choice.checkpointing else "none",
             "base_quant": plan.choice.quant,
+            "packing": self.data.packing,
         }
         return flags
 

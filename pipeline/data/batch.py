@@ -26,16 +26,22 @@ class Counts(NamedTuple):
     tokens: int
     masks: int
     pictures: int
+    values: dict[str, int]
+    """Items of each task's own decoder."""
 
 
 def _map_tensors(holder: _Holder, change: Callable[[Tensor], Tensor]) -> _Holder:
-    """A copy of a dataclass with `change` applied to its tensors, and to the tensors of its tuples."""
+    """A copy of a dataclass with `change` applied to its tensors, and to those of its tuples, dicts and dataclasses."""
 
     def apply(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
         if isinstance(value, tuple):
             return tuple(apply(part) for part in value)
+        if isinstance(value, dict):
+            return {name: apply(part) for name, part in value.items()}
+        if isinstance(value, ObjectValues):
+            return _map_tensors(value, change)
         return value
 
     assert dataclasses.is_dataclass(holder) and not isinstance(holder, type)
@@ -65,6 +71,18 @@ class VisionFeatures:
 
 
 @dataclass(kw_only=True)
+class ObjectValues:
+    """What a task's own decoder should say of n of a batch's <OBJ-i>.
+
+    places   [n] long, which of the batch's M masks each stands beside: the same token, the same state
+    targets  [n,W] float32
+    """
+
+    places: Tensor
+    targets: Tensor
+
+
+@dataclass(kw_only=True)
 class Batch:
     """One micro-batch for training: each sample a row of its own (padded), or several samples to a row (packed).
 
@@ -83,6 +101,7 @@ class Batch:
     masks            [M,K,K] float32 in {0,1}
     gen_rows, gen_positions  [G] long, the same for <GEN>
     clip_targets     [G,E] float32 from the shards, or None: the vision tower's embedding of pixel_values[gen_rows]
+    values           for each task in use that has a decoder of its own, its targets (n may be 0)
     skipped          "key: reason" of the samples that should have been here and could not be read
     """
 
@@ -99,6 +118,7 @@ class Batch:
     gen_rows: Tensor
     gen_positions: Tensor
     clip_targets: Tensor | None = None
+    values: dict[str, ObjectValues] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -115,8 +135,9 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
     def counts(self) -> Counts:
-        """How many labelled tokens, masks and pictures this micro-batch holds."""
-        return Counts(int((self.labels != IGNORE).sum()), self.masks.shape[0], self.gen_rows.shape[0])
+        """How many labelled tokens, masks, pictures and values of each task this micro-batch holds."""
+        values = {task: found.targets.shape[0] for task, found in self.values.items()}
+        return Counts(int((self.labels != IGNORE).sum()), self.masks.shape[0], self.gen_rows.shape[0], values)
 
 
 @dataclass(kw_only=True)
@@ -128,7 +149,8 @@ class PromptBatch:
     pixel_values    [B,3,S,S] float32
     references      per row: index (of the sample in its split), answer, caption, question, size (height, width) of the
                     masks in pixels, object_indices, masks (full-resolution COCO RLE, in target order: <OBJ-1> first),
-                    names (the objects' categories, same order), phrases (what the prompt called them; referring only)
+                    names (the objects' categories, same order), phrases (what the prompt called them; referring only),
+                    values (of a task with a decoder of its own), and what else the task puts there
     answer_ids      the right answer's ids, end token included, for teacher-forced scoring
     skipped         "key: reason" of the samples that could not be read
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import prompts, rle
-from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, PromptBatch
+from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, ObjectValues, PromptBatch
 from pipeline.data.images import normalise, to_square
 from pipeline.data.order import Item, keyed_rng
 from pipeline.data.rows import lay_out
@@ -116,6 +116,7 @@ class Collator:
             gen_rows=torch.tensor([r for r, _ in gen_places], dtype=torch.long),
             gen_positions=torch.tensor([t for _, t in gen_places], dtype=torch.long),
             clip_targets=_clip_targets([row.sample for row in rows if row.text.wants_picture]),
+            values=self._values(rows),
             skipped=[*skipped, *gone],
         )
 
@@ -233,6 +234,24 @@ class Collator:
     def _masks(self, row: _Row) -> list[Tensor]:
         return [torch.from_numpy(rle.shrink(row.sample.objects[i].mask, self.mask_size)) for i in row.objects]
 
+    def _values(self, rows: Sequence[_Row]) -> dict[str, ObjectValues]:
+        """Targets of the tasks' own decoders, for each task in use that has one, also where no row is of it."""
+        places: dict[str, list[int]] = {name: [] for name in self.tasks if TASKS[name].values}
+        targets: dict[str, list[tuple[float, ...]]] = {name: [] for name in places}
+        first = 0
+        for row in rows:
+            if row.task in places:
+                places[row.task] += range(first, first + len(row.objects))
+                targets[row.task] += row.text.values[: len(row.objects)]
+            first += len(row.objects)
+        return {
+            name: ObjectValues(
+                places=torch.tensor(places[name], dtype=torch.long),
+                targets=torch.tensor(targets[name], dtype=torch.float32).reshape(-1, TASKS[name].values),
+            )
+            for name in places
+        }
+
     def _pixels(self, rows: Sequence[_Row]) -> Tensor:
         if not rows:
             return torch.zeros(1, 3, self.image_size, self.image_size)
@@ -249,7 +268,9 @@ class Collator:
             "object_indices": list(row.objects),
             "masks": [each.mask for each in chosen],
             "names": [each.category for each in chosen],
-            "phrases": row.text.reference.get("phrases", []),
+            "phrases": [],
+            "values": [list(values) for values in row.text.values[: len(row.objects)]],
+            **row.text.reference,
         }
 
 

@@ -95,7 +95,7 @@ def to_square(data: bytes, image_size: int) -> torch.Tensor:
 def squash(image: Image.Image, image_size: int) -> torch.Tensor:
     """An RGB picture in bytes, uint8 [3, image_size, image_size].
 
-    torch's bicubic filter on bytes is PIL's, which open_clip takes, in a fifth of the time. Its weights are rounded
+    torch's bicubic filter on bytes is PIL's, which open_clip takes, in a third of the time. Its weights are rounded
     otherwise: three bytes in a hundred differ, almost all of them by 1.
     """
     picture_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)

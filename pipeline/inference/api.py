@@ -65,6 +65,7 @@ class NeuralTuner:
         checkpoint: str | PathLike[str] = "",
         *,
         base: str = "",
+        base_quant: str = "",
         clip: str = "",
         clip_weights: str = "",
         vqgan: str = "",
@@ -78,6 +79,7 @@ class NeuralTuner:
         Args:
             checkpoint: empty takes runs/mini or runs/quickstart of this checkout.
             base, clip, clip_weights, vqgan, prior: where the frozen models lie, if not where they lay in training.
+            base_quant: bits of the frozen LM ("none", "nf4", "int8"), if not those of training.
             device: the first GPU if there is one, else the CPU.
             dtype: of the frozen LM; bfloat16 on a GPU, float32 on the CPU. What was trained stays float32.
             mechanism: refuse a checkpoint that was tuned with another one ("paper", "released").
@@ -86,6 +88,7 @@ class NeuralTuner:
             ValueError: something is missing, damaged or does not belong together; the message says what to do.
         """
         paths = {"base": base, "clip": clip, "clip_weights": clip_weights, "vqgan": vqgan, "prior": prior}
+        paths["base_quant"] = base_quant
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(load(str(checkpoint), replaced=paths, device=chosen, dtype=dtype, mechanism=mechanism))
 

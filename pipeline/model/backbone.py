@@ -79,7 +79,7 @@ class TunedLayer(GradientCheckpointingLayer):
         attention = self.layer.self_attn
         attend = attention.forward
 
-        def region(z_prev_BTZ: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        def region(z_prev_BTZ: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
             outer, self._scratch = self._scratch, _Scratch(z_prev_BTZ)
             try:
                 self._run_network(attention, args, kwargs)

@@ -24,13 +24,15 @@ class Generation:
     ids: the answer's ids before the end token; free-running, what the model wrote; teacher-forced, its most likely id
     at each place of the right answer, up to that answer's end. object_numbers: i of each decoded <OBJ-i>, in order of
     first mention. object_chances: the model's probability of each of these tokens where it wrote it. mask_logits
-    [K,S,S] fp32 in that order, None without any. embedding [E] fp32, None without <GEN>.
+    [K,S,S] fp32 in that order, None without any. values [K,W] fp32: what the task's own decoder says of them, None
+    without one. embedding [E] fp32, None without <GEN>.
     """
 
     ids: list[int]
     object_numbers: list[int] = field(default_factory=list)
     object_chances: list[float] = field(default_factory=list)
     mask_logits: Tensor | None = None
+    values: Tensor | None = None
     embedding: Tensor | None = None
 
 

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 NEEDED = ("bitsandbytes", "accelerate")
 
 
-def check(quant: str, stage: int) -> None:
+def check(quant: str, stage: int = 0) -> None:
     """Raises ValueError for a quantised base under ZeRO-3, or without the packages for it."""
     if quant == "none":
         return

@@ -13,7 +13,7 @@ side, L answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,11 @@ from pipeline.model.generation import (
     recorded_states,
     until_end,
 )
+from pipeline.model.heads import TaskHead, task_losses
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.model.sparse import SparseNetwork
 
-KINDS = ("sparse", "adapter", "projector", "tokens", "mask_decoder", "clip_head")
+KINDS = ("sparse", "adapter", "projector", "tokens", "mask_decoder", "clip_head", "heads")
 """The trained parts; each can have a learning rate of its own."""
 TASKS = ("reasoning", "referring", "caption", "generation")
 
@@ -60,17 +61,20 @@ class NeuralTuner(nn.Module):
         clip_head: ClipHead,
         train_embeddings: str = "new",
         tasks: Sequence[str] = TASKS,
+        heads: Mapping[str, TaskHead] | None = None,
     ) -> None:
         """Installs max_objects + 1 new tokens in the LM and freezes all but the trained parts.
 
         train_embeddings: "new", the new tokens' rows (paper); "all", the LM's tables as well (released). tasks: names
-        that forward's sums are split by. Run `pipeline.model.initialise.initialise` on the result.
+        that forward's sums are split by. heads: the tasks' own decoders. Run
+        `pipeline.model.initialise.initialise` on the result.
         """
         super().__init__()
         if train_embeddings not in ("new", "all"):
             raise ValueError(f"train_embeddings must be 'new' or 'all', not {train_embeddings!r}")
         embedding, _ = install_new_tokens(llm, max_objects + 1)
         self.llm, self.projector, self.mask_decoder, self.clip_head = llm, projector, mask_decoder, clip_head
+        self.heads = nn.ModuleDict(heads or {})
         self.max_objects, self.train_embeddings, self.tasks = max_objects, train_embeddings, tuple(tasks)
         self.first_object = embedding.n_base
         self.image_id = embedding.n_base + embedding.n_new
@@ -95,6 +99,8 @@ class NeuralTuner(nn.Module):
                 kind, whole = "tokens", self.train_embeddings == "all"
             elif module in (self.projector, self.mask_decoder, self.clip_head):
                 kind = name
+            elif isinstance(module, TaskHead):
+                kind = "heads"
             if isinstance(module, AdaptedProjection):
                 kind, own = "adapter", module.adapter_parameters(name)
             else:
@@ -242,8 +248,10 @@ class NeuralTuner(nn.Module):
         ce, dice, bce, mse = ce_N.sum(), dice_M.sum(), bce_M.sum(), mse_G.sum()
         loss = losses.share(ce, norms.tokens) + weights.seg * losses.share(dice, norms.masks)
         loss = loss + weights.bce * losses.share(bce, norms.masks) + weights.gen * losses.share(mse, norms.pictures)
+        of_heads, sums = task_losses(self.heads, batch.values, norms.values, features, samples_M, states_MD)
+        loss = loss + of_heads
         counts = {"tokens": n_tokens, "masks": n_masks, "pictures": n_pictures}
-        sums = {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
+        sums |= {"ce": ce.detach(), "dice": dice.detach(), "bce": bce.detach(), "mse": mse.detach()}
         sums |= {name: torch.tensor(float(count), device=device) for name, count in counts.items()}
         sums |= self._by_task("ce", "tokens", batch.tasks, samples_N, ce_N[:n_tokens])
         sums |= self._by_task("dice", "masks", batch.tasks, samples_M[:n_masks], dice_M[:n_masks])
@@ -356,9 +364,12 @@ class NeuralTuner(nn.Module):
         for i, row in enumerate(rows_G):
             results[row].embedding = embeddings[i]
         first = 0
-        for result in results:
+        for row, result in enumerate(results):
             if count := len(result.object_numbers):
                 result.mask_logits = masks[first : first + count]
+                if (task := prompts.tasks[row]) in self.heads:
+                    own = slice(first, first + count)
+                    result.values = self.heads[task](features.select(masked_rows[own]), states_MD[own]).float()
                 result.object_chances = [
                     float(chances_MV[first + k, self.first_object + number - 1])
                     for k, number in enumerate(result.object_numbers)

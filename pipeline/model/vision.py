@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import VisionFeatures
+from pipeline.model.weight_files import check_whole
 
 _OPENAI_FILE = re.compile(r"openai|^(ViT-[BL]-(32|16|14)(-336px)?|RN\d+(x\d+)?)\.pt$", re.IGNORECASE)
 
@@ -67,19 +68,7 @@ class VisionTower(nn.Module):
         Nothing is downloaded. Raises ValueError when weights are missing, or come from OpenAI for a model without
         QuickGELU: open_clip warns of that only for its own tags, never for a local file.
         """
-        if model.startswith("local-dir:"):
-            source = Path(model.removeprefix("local-dir:"))
-            if weights:
-                raise ValueError(f"{model} brings its own weights: leave clip_weights ({weights}) empty")
-            if not (source / "open_clip_config.json").is_file():
-                raise ValueError(f"no open_clip_config.json in {source}: clip must name a folder saved for open_clip")
-        elif model.startswith("hf-hub:"):
-            raise ValueError(f"{model}: fetch the model yourself and name its folder as local-dir:PATH")
-        else:
-            if not weights or not Path(weights).is_file():
-                raise ValueError(f"clip {model} needs clip_weights, a file with its weights (got {weights!r})")
-            source = Path(weights)
-            _refuse_torchscript(source)
+        source = find_local(model, weights)
         try:
             clip = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
         except (RuntimeError, FileNotFoundError, AssertionError) as error:
@@ -130,6 +119,31 @@ class VisionTower(nn.Module):
         """[n,E] projected, unnormalised embeddings of the texts, each cut to CLIP's context length."""
         device = next(self.model.parameters()).device
         return self.model.encode_text(self.tokenizer(texts).to(device))
+
+
+def find_local(model: str, weights: str | None = None) -> Path:
+    """Where `VisionTower.from_local` would load from: a folder or a file. Reads no weights.
+
+    Raises ValueError naming what is missing, cut off, or cannot be loaded.
+    """
+    if model.startswith("local-dir:"):
+        source = Path(model.removeprefix("local-dir:"))
+        if weights:
+            raise ValueError(f"{model} brings its own weights: leave clip_weights ({weights}) empty")
+        if not (source / "open_clip_config.json").is_file():
+            raise ValueError(f"no open_clip_config.json in {source}: clip must name a folder saved for open_clip")
+        check_whole(source.glob("*.safetensors"))
+        return source
+    if model.startswith("hf-hub:"):
+        raise ValueError(f"{model}: fetch the model yourself and name its folder as local-dir:PATH")
+    if model.replace("/", "-") not in open_clip.list_models():
+        raise ValueError(f"clip {model} is no model that open_clip knows, nor local-dir:FOLDER")
+    if not weights or not Path(weights).is_file():
+        raise ValueError(f"clip {model} needs clip_weights, a file with its weights (got {weights!r})")
+    source = Path(weights)
+    _refuse_torchscript(source)
+    check_whole([source] if source.suffix == ".safetensors" else [])
+    return source
 
 
 def new_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:

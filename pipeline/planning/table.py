@@ -14,7 +14,7 @@ def describe(report: Mapping[str, Any], command: str) -> str:
     lines = [
         f"{flags['preset']} on {report['gpus']} x {report['gpu']}, {flags['deepspeed']}, "
         f"micro-batch {flags['micro_batch']} of {flags['global_batch']}, "
-        f"checkpointing {'full' if flags['gradient_checkpointing'] else 'none'}, base {flags['base_quant']}",
+        f"checkpointing {flags['gradient_checkpointing']}, base {flags['base_quant']}",
         "",
         f"parameters     {report['parameters']:,}, of which trained {sum(trained.values()):,} "
         f"({report['trainable_share']:.2%}; the sparse network is {report['sparse_share']:.2%} of the LM)",

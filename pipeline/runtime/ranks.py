@@ -6,6 +6,7 @@ from a SLURM step (srun with one task per rank), or there is one process alone.
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import socket
@@ -30,6 +31,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    launched: bool = False
+    """Whether a launcher started this process (deepspeed, torchrun, srun), or it was typed as it is."""
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +75,21 @@ class Ranks:
             raise RuntimeError("; ".join(failures)) from (error if isinstance(error, BaseException) else None)
 
 
+def join(ranks: Ranks, *, timeout_minutes: float = 120.0) -> None:
+    """Starts a process group for what needs no DeepSpeed (scoring); a world of one needs none."""
+    if ranks.world_size > 1:
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def part() -> None:
+    """Ends the process group that `join` started, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def tell_failure(text: str) -> None:
     """Prints why this rank fails, unless another has failed before: those that fail in its wake, or alike, are silent.
 
@@ -84,7 +102,9 @@ def tell_failure(text: str) -> None:
     try:
         failed = store.add("failed", 1)
     except RuntimeError:
-        # Rank 0 holds the store: it has ended, and said why.
+        # Rank 0 holds the store: it has ended, and said why unless it was killed.
+        if dist.get_rank() == 1:
+            print("rank 0 has ended, and so do the others", file=sys.stderr, flush=True)
         return
     if failed == 1:
         print(text, file=sys.stderr, flush=True)
@@ -100,6 +120,7 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
     has GPUs.
     """
     env = os.environ if environment is None else environment
+    launched = True
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
         local = int(env.get("LOCAL_RANK", "0"))
@@ -111,14 +132,14 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
         env.setdefault("MASTER_ADDR", first_host(nodes))
         env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
     else:
-        rank, local, world = 0, 0, 1
+        rank, local, world, launched = 0, 0, 1, False
     if not 0 <= rank < world:
         raise ValueError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
     env.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port() if world == 1 else 29500)
-    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env))
+    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env), launched=launched)
 
 
 def first_host(nodelist: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.data.task_module import load_task_module
 from pipeline.data.tasks import TASKS
 from pipeline.runtime.command_line import flag, numbers
 from pipeline.settings.checks import distinct, need
@@ -19,6 +20,7 @@ class DataArguments:
     data_weights: str = flag("", "share of each data set in every global batch, as in 2,1; empty: each sample once")
     shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
     tasks: str = flag(",".join(TASKS), "tasks that are tuned together")
+    task_module: str = flag("", "Python file that registers a task of your own, to be named in tasks (see the README)")
     task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
     max_length: int = flag(512, "tokens per sample at most, image tokens included")
@@ -28,6 +30,8 @@ class DataArguments:
     max_bad_share: float = flag(0.01, "share of unreadable samples at which training stops, 0 to 1")
 
     def __post_init__(self) -> None:
+        if self.task_module:
+            load_task_module(self.task_module)
         names = self.task_names
         unknown = sorted(set(names) - set(TASKS))
         need(not unknown and bool(names) and distinct(names), f"tasks must be some of {','.join(TASKS)}", self.tasks)

@@ -15,6 +15,7 @@ class LoadArguments:
 
     checkpoint: str = flag("", "checkpoint, run or exported folder; empty: runs/mini, else runs/quickstart")
     base: str = flag("", "folder of the frozen LM; empty: as in training (the same for clip, vqgan, prior)")
+    base_quant: Literal["", "none", "nf4", "int8"] = flag("", "bits of the frozen LM; empty: as in training")
     clip: str = flag("", "frozen CLIP, as in training when empty")
     clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
     vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
@@ -26,7 +27,7 @@ class LoadArguments:
     @property
     def model(self) -> dict[str, str]:
         """Arguments of `NeuralTuner.from_pretrained` by name, `dtype` apart."""
-        names = ("checkpoint", "base", "clip", "clip_weights", "vqgan", "prior", "mechanism", "device")
+        names = ("checkpoint", "base", "base_quant", "clip", "clip_weights", "vqgan", "prior", "mechanism", "device")
         return {name: getattr(self, name) for name in names}
 
 

@@ -19,7 +19,6 @@ class PlanArguments:
     gpus_per_node: int = flag(0, "GPUs in a node; 0: as many as such nodes usually have")
     samples: int = flag(MMUD_TRAIN, "samples of one epoch (MMUD's training split)")
     text_tokens: float = flag(110.0, "tokens of question and answer, mean")
-    packed: bool = flag(False, "plan with samples end to end in a row, without padding")
     fit: bool = flag(False, "search the fastest of all DeepSpeed files, micro-batches, checkpointing and precisions")
     out: str = flag("", "with --fit: folder for train.yaml (flags) and ds_config.json; empty: only print them")
     curves: str = flag("", "PNG file for curves over 1 to 1,024 GPUs")
