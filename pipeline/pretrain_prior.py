@@ -13,7 +13,6 @@ flag.
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 
 from pipeline.assembly import parts
@@ -23,8 +22,9 @@ from pipeline.config import PriorArguments, RunArguments, parse
 from pipeline.model.prior_training import PictureCoder
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.faults import explain
 from pipeline.runtime.ranks import Ranks, detect, tell_failure
-from pipeline.runtime.stopping import DONE
+from pipeline.runtime.stopping import DONE, watching
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
@@ -45,10 +45,8 @@ def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
     model = plan.make_model(config)
     groups = model.parameter_groups(settings.lr, settings.weight_decay)
     engine = runtime.Engine(model, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
-    first, run_id = 0, None
-    if resume is not None:
-        state = load_checkpoint(engine, resume)
-        first, run_id = state["step"], state.get("mlflow_run_id")
+    state = load_checkpoint(engine, resume) if resume is not None else {}
+    first = state.get("step", 0)
 
     record = plan.record(config, model)
     collator, coder = plan.make_collator(vision), PictureCoder(vision, plan.decoder)
@@ -57,7 +55,7 @@ def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
         experiment=settings.mlflow_experiment,
         run_name=settings.run_name or Path(settings.output_dir).name,
         resume_step=first,
-        run_id=run_id,
+        run_id=state.get("mlflow_run_id"),
         enabled=ranks.is_main,
     )
     ended = "FAILED"
@@ -79,6 +77,9 @@ def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
             on_validate=plan.validation(collator, engine, coder) if settings.eval_steps else None,
             state=record,
             max_bad_share=args.max_bad_share,
+            max_bad_steps=settings.max_bad_steps,
+            bad_steps=state.get("bad_steps"),
+            hang_timeout=settings.hang_timeout,
             flops_per_token=6.0 * record["parameters"]["trained"],
         )
         marker = trainer.train()
@@ -95,16 +96,15 @@ def main() -> int:
     args, settings = parse(PriorArguments, RunArguments, description=__doc__)
     ranks = None
     try:
-        ranks = detect()
-        runtime.start(ranks)
-        run(args, settings, ranks)
+        with watching():
+            ranks = detect()
+            runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * settings.hang_timeout / 60.0))
+            run(args, settings, ranks)
         return 0
-    except (ValueError, FloatingPointError) as error:
-        tell_failure(f"pretrain_prior.py: error: {error}")
-        return 2
-    except Exception:
-        tell_failure(traceback.format_exc())
-        return 1
+    except Exception as error:
+        text, status = explain(error, "pretrain_prior.py")
+        tell_failure(text)
+        return status
     except KeyboardInterrupt:
         if ranks is None or ranks.is_main:
             print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)
