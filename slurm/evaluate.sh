@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scores a run's newest checkpoint on the test split, on one GPU or several; flags of pipeline/evaluate_mmud.py may follow and count
-# more than those below.
+# Scores a run's newest checkpoint on the test split, on one GPU or several; flags of pipeline/evaluate_mmud.py may
+# follow and count more than those below.
 #
 #     sbatch slurm/evaluate.sh --checkpoint runs/nt-13b-1234
 #     sbatch slurm/evaluate.sh --checkpoint runs/nt-13b-1234/checkpoint-20000 --split valid --report_dir runs/valid
