@@ -14,6 +14,7 @@ CORE = [
     "deepspeed>=0.19",
     "ninja>=1.11",  # DeepSpeed compiles a small C++ op at its first start
     "transformers>=5",
+    "accelerate>=1.1",  # transformers asks for it to load a model in ZeRO-3's pieces
     "open_clip_torch>=3.2",
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",

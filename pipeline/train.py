@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from pipeline.assembly import parts, preflight
@@ -22,6 +21,7 @@ from pipeline.assembly import training as assembly
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.faults import explain
 from pipeline.runtime.ranks import Ranks, detect, tell_failure
 from pipeline.runtime.stopping import DONE, watching
 from pipeline.runtime.tracking import Tracker
@@ -29,11 +29,10 @@ from pipeline.runtime.trainer import Trainer
 
 
 def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> str:
-    """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE).
+    """Cheap checks first, then trains; returns how the run ended (DONE or REQUEUE).
 
     The process group must have been started.
     """
-    began = time.perf_counter()
     preflight.check(model, data, train, ranks)
     if train.preflight:
         return DONE
@@ -41,6 +40,14 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     resume = find_resume(train.resume, train.output_dir)
     if resume is not None:
         plan.check_resume(read_state(resume))
+    with plan.explaining_memory():
+        return tune(plan, resume)
+
+
+def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
+    """Builds the parts in order and trains; returns how the run ended."""
+    model, data, train, ranks = plan.model, plan.data, plan.train, plan.ranks
+    began = time.perf_counter()
     vision = parts.load_vision(model, ranks.device)
     token_map = parts.load_token_map(model)
     collator = parts.make_collator(model, data, token_map, vision, train.seed)
@@ -49,13 +56,11 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     if ranks.is_main:
         print(plan.describe(resume))
 
-    tuner = assembly.prepare_tuner(model, data, train, vision, ranks)
+    tuner = assembly.prepare_tuner(plan, vision)
     groups = tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates)
     engine = runtime.Engine(tuner, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
-    first, run_id = 0, None
-    if resume is not None:
-        state = load_checkpoint(engine, resume)
-        first, run_id = state["step"], state.get("mlflow_run_id")
+    state = load_checkpoint(engine, resume) if resume is not None else {}
+    first = state.get("step", 0)
 
     record = plan.record(tuner, token_map)
     tracker = Tracker(
@@ -63,7 +68,7 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
         experiment=train.mlflow_experiment,
         run_name=train.run_name or Path(train.output_dir).name,
         resume_step=first,
-        run_id=run_id,
+        run_id=state.get("mlflow_run_id"),
         enabled=ranks.is_main,
     )
     ended = "FAILED"
@@ -86,6 +91,9 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
             on_validate=plan.validation(collator, engine, vision) if train.eval_steps else None,
             state=record,
             max_bad_share=data.max_bad_share,
+            max_bad_steps=train.max_bad_steps,
+            bad_steps=state.get("bad_steps"),
+            hang_timeout=train.hang_timeout,
             flops_per_token=assembly.flops_per_token(tuner),
         )
         loaded = time.perf_counter()
@@ -108,15 +116,13 @@ def main() -> int:
     try:
         with watching():
             ranks = detect()
-            runtime.start(ranks)
+            runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * train.hang_timeout / 60.0))
             run(model, data, train, ranks)
         return 0
-    except (ValueError, FloatingPointError) as error:
-        tell_failure(f"train.py: error: {error}")
-        return 2
-    except Exception:
-        tell_failure(traceback.format_exc())
-        return 1
+    except Exception as error:
+        text, status = explain(error, "train.py")
+        tell_failure(text)
+        return status
     except KeyboardInterrupt:
         if ranks is None or ranks.is_main:
             print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)

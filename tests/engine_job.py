@@ -20,6 +20,7 @@ from pipeline.model.losses import LossWeights, Norms, share
 from pipeline.runtime import checkpoint, ds_config
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.ranks import Ranks, detect
+from pipeline.runtime.saver import Saver
 
 REPO = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH, WIDTH, VOCABULARY = 8, 24, 13
@@ -160,15 +161,22 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         facts["lr"] = engine.learning_rates
         facts["steps"] = engine.steps
         if case.get("resave"):
-            checkpoint.save_checkpoint(engine, case["resave"], step=first, state={})
+            save(engine, case["resave"], first)
     for step in range(first, case["last"]):
         train_steps(engine, ranks, case, step, step + 1, facts)
         if case.get("save_at") == step + 1:
-            checkpoint.save_checkpoint(engine, case["save_to"], step=step + 1, state={"reader": {"seed": 0}})
+            save(engine, case["save_to"], step + 1)
     facts["after"] = frozen_hash(engine)
     facts["final_lr"] = engine.learning_rates
     engine.shut()
     return facts
+
+
+def save(engine: runtime.Engine, folder: str, step: int) -> None:
+    """A checkpoint, on disk when this returns."""
+    saver = Saver(engine, folder)
+    saver.save(step, {"reader": {"seed": 0}})
+    saver.wait()
 
 
 def train_steps(

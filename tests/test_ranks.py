@@ -99,7 +99,8 @@ def test_the_first_rank_to_fail_tells_why(monkeypatch: pytest.MonkeyPatch, capsy
     assert said_by(0) == ""
     # Rank 0 has ended, and the store with it.
     store = Gone()
-    assert said_by(1) == ""
+    assert said_by(1) == "rank 0 has ended, and so do the others\n"
+    assert said_by(2) == ""
 
 
 def test_a_rank_alone_tells_every_failure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,8 +181,8 @@ def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) ->
 
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
-    # Under ZeRO-3 the table may be cut up, and a planned model has none; LLaMA's 0.02 stands in then, as in
-    # ImageProjector's default.
-    if not table.numel() or table.is_meta:
+    if table.is_meta:
+        # A planned model has no values; LLaMA's 0.02 stands in, as in ImageProjector's default.
         return 0.02
+    assert table.numel(), "under ZeRO-3 the table is gathered here"
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
+from pipeline.runtime import engine as runtime
+from pipeline.runtime import faults
 from pipeline.runtime.checkpoint import check_reader
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import Engine
@@ -147,6 +150,25 @@ class RunPlan:
                 f"the checkpoint is of a run of {state['total_steps']} steps, this one has {self.steps}: the learning "
                 "rate's schedule would jump. Give the same --max_steps or --epochs, or start anew with --resume never"
             )
+
+    @contextlib.contextmanager
+    def explaining_memory(self) -> Iterator[None]:
+        """Within this context an allocation that fails says which of this run's settings to change (Fault)."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not faults.is_out_of_memory(error):
+                raise
+            zero = self.deepspeed["zero_optimization"]
+            raise faults.out_of_memory(
+                error,
+                micro_batch=self.batch.micro_batch,
+                accumulation=self.batch.accumulation,
+                checkpointing=self.train.gradient_checkpointing,
+                stage=zero["stage"],
+                offload="offload_optimizer" in zero or "offload_param" in zero,
+                max_length=self.data.max_length,
+            ) from error
 
     def record(self, tuner: NeuralTuner, token_map: TokenMap) -> dict[str, Any]:
         """The content of run.json, which every checkpoint holds too."""
@@ -275,22 +297,22 @@ def pack_mini(ranks: Ranks) -> None:
         pack(source, split, MINI_SHARDS, workers=2, progress=ranks.is_main, wait=True)
 
 
-def prepare_tuner(
-    model: ModelArguments, data: DataArguments, train: TrainArguments, vision: VisionTower, ranks: Ranks
-) -> NeuralTuner:
-    """The tuned model with its initial values, on this rank's device, in the precision of training."""
-    bf16 = train.use_bf16(ranks.device.type)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=ranks.device)
-    tuner = parts.make_tuner(
-        model,
-        llm,
-        vision,
-        seed=train.seed,
-        tasks=data.task_names,
-        gradient_checkpointing=train.gradient_checkpointing,
-    )
-    initialise(tuner, train.seed)
+def prepare_tuner(plan: RunPlan, vision: VisionTower) -> NeuralTuner:
+    """The tuned model with its initial values, in the precision of training; under ZeRO-3 the LM is in pieces."""
+    model, data, train, device = plan.model, plan.data, plan.train, plan.ranks.device
+    dtype = torch.bfloat16 if train.use_bf16(device.type) else torch.float32
+    with runtime.loading_in_pieces(plan.deepspeed):
+        llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=device)
+    with runtime.whole(list(llm.get_input_embeddings().parameters())):
+        tuner = parts.make_tuner(
+            model,
+            llm,
+            vision,
+            seed=train.seed,
+            tasks=data.task_names,
+            gradient_checkpointing=train.gradient_checkpointing,
+        )
+    initialise(tuner, train.seed, runtime.whole)
     return tuner
 
 

@@ -68,7 +68,7 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """Resets every Resettable module of the model; pretrained weights stay as they are.
 
     `gather` wraps each module's reset with its parameters, those of a wrapped pretrained table included, since new rows
-    start from its mean; the default does nothing. Under ZeRO-3: `lambda p: GatheredParameters(p, modifier_rank=0)`.
+    start from its mean; the default does nothing. Under ZeRO-3: `runtime.engine.whole`, the tables being in pieces.
     """
     for name, module in model.named_modules():
         if isinstance(module, Resettable):

@@ -44,40 +44,16 @@ _RUN_FILES = (
     *(
         "checkpoint-*",
         "metrics.jsonl",
+        "bad_steps.jsonl",
         "run.json",
         "git.diff",
         "mlflow*",
         "mlartifacts",
         "artifacts",
-        "DONE",
-        "REQUEUE",
     ),
-    *("system_metrics.jsonl", "outbox.jsonl", "registered"),
+    *("DONE", "REQUEUE", "system_metrics.jsonl", "outbox.jsonl", "registered"),
 )
 _log = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    engine: Engine, output_dir: str | Path, *, step: int, state: Mapping[str, Any], keep: int = 2
-) -> Path:
-    """Writes `checkpoint-<step>` and then removes all but the `keep` newest (0: none). Collective: every rank calls it.
-
-    state: JSON-able facts besides the tensors. Raises RuntimeError on every rank if rank 0 cannot write; the older
-    checkpoints are then untouched.
-    """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    tensors = elastic.gather(engine)
-    error: BaseException | None = None
-    if engine.ranks.is_main:
-        facts = {"format": FORMAT, "step": step, "schedule": engine.schedule_state(), "zero_stage": engine.stage}
-        facts |= {"world_size": engine.ranks.world_size, **state}
-        try:
-            write(final, tensors, facts)
-            prune(final.parent, keep=keep, newest=final)
-        except Exception as problem:
-            error = problem
-    engine.ranks.agree(error)
-    return final
 
 
 def load_checkpoint(engine: Engine, path: str | Path) -> dict[str, Any]:
@@ -94,7 +70,8 @@ def load_checkpoint(engine: Engine, path: str | Path) -> dict[str, Any]:
     tensors = TrainedState(
         weights=load_file(Path(path) / WEIGHTS), moments=load_file(moments) if moments.exists() else {}
     )
-    elastic.scatter(engine, tensors, step=state["step"])
+    updates = state["step"] - state.get("bad_steps", {}).get("total", 0)
+    elastic.scatter(engine, tensors, step=state["step"], updates=updates)
     return state
 
 
@@ -139,22 +116,33 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> None:
-    """Writes one checkpoint folder; `final` appears only once it is whole. For one process alone."""
+def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> int:
+    """Writes one checkpoint folder; `final` appears only once it is whole. For one process alone.
+
+    Returns its bytes. Raises what the file system raises; what was half written is then removed again.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     for stale in final.parent.glob("checkpoint-*.tmp"):
         shutil.rmtree(stale)
     part = final.with_name(final.name + ".tmp")
     part.mkdir()
-    save_file(tensors.weights, part / WEIGHTS, metadata={"format": "pt"})
-    if tensors.moments:
-        save_file(tensors.moments, part / MOMENTS, metadata={"format": "pt"})
-    (part / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
-    seal(part, final, facts["step"])
+    try:
+        save_file(tensors.weights, part / WEIGHTS, metadata={"format": "pt"})
+        if tensors.moments:
+            save_file(tensors.moments, part / MOMENTS, metadata={"format": "pt"})
+        (part / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+        return seal(part, final, facts["step"])
+    except Exception:
+        # On a full disk, the space that is missing.
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
-def seal(part: Path, final: Path, step: int) -> None:
-    """Makes the files of `part` lasting: a manifest beside them, all synced to disk, the folder renamed to `final`."""
+def seal(part: Path, final: Path, step: int) -> int:
+    """Makes the files of `part` lasting: a manifest beside them, all synced to disk, the folder renamed to `final`.
+
+    Returns their bytes.
+    """
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
     for name in files:
         _sync(part / name)
@@ -162,6 +150,7 @@ def seal(part: Path, final: Path, step: int) -> None:
     manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
     _sync(manifest)
     _sync(part)
+    size = sum(path.stat().st_size for path in part.iterdir())
     old = final.with_name(final.name + ".old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -169,6 +158,7 @@ def seal(part: Path, final: Path, step: int) -> None:
     os.replace(part, final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+    return size
 
 
 def verify(path: str | Path) -> list[str]:

@@ -146,6 +146,7 @@ def resolve(
     fill("gradient_accumulation_steps", plan.accumulation, "--global_batch over --micro_batch and the ranks")
     fill("gradient_clipping", optimizer.max_grad_norm, "--max_grad_norm")
     fill("bf16.enabled", bf16, "--bf16")
+    fill("bf16.check_grad_overflow", True, "this program (it skips steps without finite gradients)", add=False)
     fill("fp16.enabled", False, "this program (it trains in bf16 or fp32)", add=False)
     _fill_optimizer(config, optimizer, fill, clashes)
     for key, value in _hidden_sizes(hidden_size).items():

@@ -47,15 +47,16 @@ def gather(engine: Engine) -> TrainedState:
     return state
 
 
-def scatter(engine: Engine, state: TrainedState, *, step: int) -> None:
-    """Puts a whole trained state (the same on every rank) into the engine, `step` optimizer steps done. Collective.
+def scatter(engine: Engine, state: TrainedState, *, step: int, updates: int) -> None:
+    """Puts a whole trained state (the same on every rank) into the engine, `step` steps done. Collective.
 
+    updates: how many of the steps moved the weights (bad_steps.py), which Adam's correction of its means goes by.
     Raises ValueError naming parameters that are missing, unexpected or of another shape.
     """
     shapes = {name: engine.full_shape(parameter) for name, parameter in engine.trained()}
     check_names(shapes, state.weights, saved_buffers(engine.module))
     if state.moments:
-        engine.allocate_moments(step)
+        engine.allocate_moments(updates)
     for name, parameter in engine.trained():
         engine.set_weight(parameter, state.weights[name])
         for key in MOMENTS if state.moments else ():

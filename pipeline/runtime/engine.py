@@ -16,6 +16,7 @@ DeepSpeed averages gradients over ranks and micro-batches: a loss normalised ove
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import logging
 import os
@@ -41,17 +42,23 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.runtime.ds_config import OptimizerSettings, offloads
 from pipeline.runtime.elastic import MOMENTS
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.watchdog import watch_launcher
 
 _OURS = ("optimizer", "scheduler")
 """Sections of the file that DeepSpeed is not given, as this module makes both."""
 
 
 def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
-    """Starts the process group: nccl on CUDA, gloo on the CPU."""
+    """Starts the process group (nccl on CUDA, gloo on the CPU), and the watch over the launcher.
+
+    timeout_minutes: how long a collective call waits for a rank.
+    """
+    watch_launcher(ranks)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
@@ -66,6 +73,33 @@ def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
         verbose=False,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
+
+
+@contextlib.contextmanager
+def loading_in_pieces(config: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context from_pretrained gives each rank its piece of every weight, if config (resolved) is ZeRO-3's.
+
+    Rank 0 reads the files, mapped into memory, and hands each weight out; no rank ever holds the model whole. The
+    process group must have been started. Under ZeRO-1 and 2 nothing changes.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    # transformers keeps a weak reference: the configuration must live as long as the loading.
+    kept = HfDeepSpeedConfig(dict(config))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
+
+
+@contextlib.contextmanager
+def whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within this context those parameters that are cut up are whole on every rank, for reading. Collective."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(cut, enabled=bool(cut)):
+        yield
 
 
 def close() -> None:
@@ -174,13 +208,21 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-batch; gradients are averaged over ranks and micro-batches."""
-        self._engine.backward(loss)
+        # A loss that is not finite may still have finite gradients: times nan, every rank's step sees that it is none.
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, float("nan")))
 
     def step(self) -> bool:
-        """To be called after each micro-batch; True if this one ended a global batch and the weights moved."""
+        """To be called after each micro-batch; True if this one ended a global batch and the weights moved.
+
+        At the end of a global batch they stay, on all ranks alike, if a loss or a gradient was not finite; the
+        learning rate's schedule goes on.
+        """
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
-        return boundary
+        moved = self._engine.was_step_applied()
+        if boundary and not moved:
+            self._schedule.step()
+        return moved
 
     @property
     def steps(self) -> int:
@@ -248,14 +290,14 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
 
-    def allocate_moments(self, step: int) -> None:
-        """Gives Adam zero moments at optimizer step `step`, to be filled by `set_moment`."""
+    def allocate_moments(self, updates: int) -> None:
+        """Gives Adam zero moments after so many updates, to be filled by `set_moment`."""
         for flat in self._flat_groups():
             state = self._adam.state[flat]
             for key in MOMENTS:
                 state[key] = torch.zeros_like(flat, dtype=torch.float32)
             # torch's AdamW counts in a tensor, DeepSpeed's CPU Adam in an int.
-            state["step"] = torch.tensor(float(step)) if isinstance(self._adam, torch.optim.AdamW) else step
+            state["step"] = torch.tensor(float(updates)) if isinstance(self._adam, torch.optim.AdamW) else updates
         self.link_moments()
 
     def link_moments(self) -> None:

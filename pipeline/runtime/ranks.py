@@ -31,6 +31,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    launched: bool = False
+    """Whether a launcher started this process (deepspeed, torchrun, srun), or it was typed as it is."""
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +102,9 @@ def tell_failure(text: str) -> None:
     try:
         failed = store.add("failed", 1)
     except RuntimeError:
-        # Rank 0 holds the store: it has ended, and said why.
+        # Rank 0 holds the store: it has ended, and said why unless it was killed.
+        if dist.get_rank() == 1:
+            print("rank 0 has ended, and so do the others", file=sys.stderr, flush=True)
         return
     if failed == 1:
         print(text, file=sys.stderr, flush=True)
@@ -116,6 +120,7 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
     has GPUs.
     """
     env = os.environ if environment is None else environment
+    launched = True
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
         local = int(env.get("LOCAL_RANK", "0"))
@@ -127,14 +132,14 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
         env.setdefault("MASTER_ADDR", first_host(nodes))
         env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
     else:
-        rank, local, world = 0, 0, 1
+        rank, local, world, launched = 0, 0, 1, False
     if not 0 <= rank < world:
         raise ValueError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
     env.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port() if world == 1 else 29500)
-    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env))
+    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env), launched=launched)
 
 
 def first_host(nodelist: str) -> str:

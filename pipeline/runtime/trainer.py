@@ -7,7 +7,6 @@ objective is the same on any number of ranks.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,10 +18,13 @@ from tqdm import tqdm
 
 from pipeline.data.batch import Batch, VisionFeatures
 from pipeline.model.losses import LossWeights, Norms
-from pipeline.runtime import checkpoint, stopping
+from pipeline.runtime import stopping
+from pipeline.runtime.bad_steps import BadSteps
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.saver import Saver
 from pipeline.runtime.throughput import Meter
 from pipeline.runtime.tracking import Tracker
+from pipeline.runtime.watchdog import Watchdog
 
 # The count that each sum of the model's forward is divided by; "dice/referring" goes with "masks/referring".
 _COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures", "value": "values"}
@@ -50,6 +52,9 @@ class Trainer:
         on_validate: Callable[[int], Mapping[str, float] | None] | None = None,
         state: Mapping[str, Any] | None = None,
         max_bad_share: float = 1.0,
+        max_bad_steps: int = 5,
+        bad_steps: Mapping[str, int] | None = None,
+        hang_timeout: float = 0.0,
         flops_per_token: float | None = None,
         progress: bool = True,
     ) -> None:
@@ -58,13 +63,16 @@ class Trainer:
         vision: pixel values [B,3,S,S] -> features. state: JSON-able facts for the checkpoints (config, reader,
         versions, base hash). on_validate: called on every rank with the number of trained steps; its figures are
         logged as valid/<name>. max_bad_share: share of unreadable samples, over the steps so far, that stops the run.
+        max_bad_steps: steps in a row without finite loss or gradients that stop it; bad_steps: what the checkpoint
+        to go on from says of them. hang_timeout: seconds that a step, a validation or a wait for a checkpoint may take
+        before every rank prints its stack and ends (0: for ever).
         """
         self.engine, self.loader, self.vision, self.tracker = engine, loader, vision, tracker
         self.ranks = engine.ranks
         self.output_dir = Path(output_dir)
         self.first_step, self.last_step = first_step, last_step
         self.weights, self.seed = weights or LossWeights(), seed
-        self.logging_steps, self.save_steps, self.keep = logging_steps, save_steps, keep
+        self.logging_steps, self.save_steps, self.hang_timeout = logging_steps, save_steps, hang_timeout
         self.eval_steps, self.on_validate = eval_steps, on_validate
         self.state, self.max_bad_share = dict(state or {}), max_bad_share
         self.progress = progress
@@ -72,13 +80,16 @@ class Trainer:
         self._sums: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._norms: list[float] = []
+        self._saver = Saver(engine, output_dir, keep=keep)
+        self._bad = BadSteps(self.ranks, output_dir, limit=max_bad_steps, state=bad_steps)
         self._saved = first_step if first_step else -1
 
     def train(self) -> str:
         """Runs to the end or until a signal; returns "DONE" or "REQUEUE", the marker file it left.
 
-        Raises FloatingPointError naming the samples when a loss is not finite (before the weights move), ValueError
-        when too many samples cannot be read; the checkpoints so far stay.
+        Raises FloatingPointError naming the samples when too many steps in a row had no finite loss or gradients,
+        ValueError when too many samples cannot be read, Fault when a checkpoint cannot be written; the checkpoints so
+        far stay.
         """
         if self.ranks.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,19 +104,26 @@ class Trainer:
         )
         self.engine.module.train()
         step, ended = self.first_step, stopping.DONE
-        with stopping.watching() as stop, bar:
-            for batches in self.loader if step < self.last_step else ():
-                stopped = self._train_step(step, batches, bool(stop))
-                step += 1
-                self._after_step(step, bar)
-                if stopped and step < self.last_step:
-                    ended = stopping.REQUEUE
-                    break
-                if step >= self.last_step:
-                    break
-            assert ended == stopping.REQUEUE or step >= self.last_step, f"the loader ended at step {step}"
-            if self._saved != step:
-                self._save(step)
+        with stopping.watching() as stop, Watchdog(self.hang_timeout, self.ranks) as watchdog, bar:
+            try:
+                for batches in self.loader if step < self.last_step else ():
+                    stopped = self._train_step(step, batches, bool(stop))
+                    step += 1
+                    self._after_step(step, bar)
+                    watchdog.beat(f"step {step}")
+                    if stopped and step < self.last_step:
+                        ended = stopping.REQUEUE
+                        break
+                    if step >= self.last_step:
+                        break
+                assert ended == stopping.REQUEUE or step >= self.last_step, f"the loader ended at step {step}"
+                if self._saved != step:
+                    self._save(step)
+                self._saver.wait()
+                self._log_saved()
+            finally:
+                # A run that fails here still leaves the checkpoint that is being written.
+                self._saver.join()
         if self.ranks.is_main:
             stopping.mark(self.output_dir, ended, f"step {step} of {self.last_step}")
             if ended == stopping.REQUEUE:
@@ -142,10 +160,13 @@ class Trainer:
             parts.update(sums)
             if index + 1 < len(batches):
                 self.engine.step()
-        self._reduce(step, batches, losses, parts, scale)
-        moved = self.engine.step()
-        assert moved, "a step's micro-batches make up one global batch"
-        self._norms.append(self.engine.grad_norm)
+        own, sums = self._reduce(losses, parts, scale)
+        if self.engine.step():
+            self._bad.good()
+            self._sums.update(sums)
+            self._norms.append(self.engine.grad_norm)
+        else:
+            self._bad.bad(step, batches, own)
         self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
@@ -161,11 +182,14 @@ class Trainer:
             "slots": sum(batch.input_ids.numel() for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
+            "unsaved": float(self._saver.failed),
         }
         # Each batch names the same tasks, so every rank brings as many sums.
         local |= {f"values/{task}": sum(count.values[task] for count in per_batch) for task in per_batch[0].values}
         total = dict(zip(local, self.ranks.sum([float(value) for value in local.values()]), strict=True))
         self._counts.update({name: total[name] for name in ("rows", "skipped")})
+        if total["unsaved"]:
+            self._saver.wait()
         if total["skipped"]:
             self._report_skipped(batches)
         return total
@@ -183,32 +207,21 @@ class Trainer:
                 f"the last was {named[-1]}; check the shards (pipeline/shard_mmud.py --verify)"
             )
 
-    def _reduce(self, step: int, batches: list[Batch], losses: list[Tensor], parts: Counter[str], scale: float) -> None:
-        """Adds this step's global sums to the interval's; stops every rank if a loss is not finite."""
+    def _reduce(self, losses: list[Tensor], parts: Counter[str], scale: float) -> tuple[list[float], dict[str, float]]:
+        """This rank's loss of each micro-batch, and the global sums that a finite step adds to the interval's."""
         names = sorted(parts)
         # One copy to the host for all figures.
         values = torch.stack([*losses, *(torch.as_tensor(parts[name]).to(losses[0]) for name in names)]).tolist()
         own, sums = values[: len(losses)], values[len(losses) :]
         total, *global_sums = self.ranks.sum([sum(own) * scale, *sums])
-        if not math.isfinite(total):
-            bad = [
-                f"{', '.join(batch.keys)} (loss {value})"
-                for batch, value in zip(batches, own, strict=True)
-                if not math.isfinite(value)
-            ]
-            named = "; ".join(text for found in self.ranks.gather(bad) for text in found) or "no single micro-batch"
-            raise FloatingPointError(
-                f"the loss of step {step} is not finite, in: {named}. The weights were not moved. A lower --lr, or "
-                "leaving these samples out, may help"
-            )
-        self._sums.update(dict(zip(names, global_sums, strict=True)))
-        self._sums.update({"loss": total, "steps": 1})
+        return own, {**dict(zip(names, global_sums, strict=True)), "loss": total, "steps": 1}
 
     def _is_logged(self, step: int) -> bool:
         return step % self.logging_steps == 0 or step == self.last_step
 
     def _after_step(self, step: int, bar: tqdm) -> None:
         """What is due once `step` steps are trained: metrics, validation, checkpoint."""
+        self._log_saved()
         if self._is_logged(step):
             metrics = self._metrics()
             shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in metrics.items() if _shown(name)}
@@ -227,8 +240,8 @@ class Trainer:
 
     def _metrics(self) -> dict[str, float]:
         """Means over the steps since the last line: each sum over its count, as the loss weighs them."""
-        steps = max(self._sums["steps"], 1)
-        metrics: dict[str, float] = {"loss": self._sums["loss"] / steps}
+        # None where every step of the interval was skipped.
+        metrics = {"loss": self._sums["loss"] / self._sums["steps"]} if self._sums["steps"] else {}
         for name, total in self._sums.items():
             kind, _, task = name.partition("/")
             if kind in _COUNT_OF:
@@ -238,11 +251,13 @@ class Trainer:
         rates = self.engine.learning_rates
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
         metrics["lr"] = max(rates.values())
-        metrics["grad_norm"], metrics["grad_norm_max"] = self.engine.grad_norm, max(self._norms)
-        self._norms.clear()
+        if self._norms:
+            metrics["grad_norm"], metrics["grad_norm_max"] = self._norms[-1], max(self._norms)
+            self._norms.clear()
         unit_rates = getattr(self.engine.module, "unit_rates", None)
         metrics |= unit_rates() if unit_rates is not None else {}
         metrics["samples_left_out"] = self._counts["skipped"]
+        metrics["steps_skipped"] = self._bad.total
         metrics |= self._meter.read()
         self._sums.clear()
         return metrics
@@ -251,11 +266,16 @@ class Trainer:
         facts = {
             **self.state,
             "mlflow_run_id": self.ranks.from_main(self.tracker.run_id),
+            "bad_steps": self._bad.state(),
             "rng": {"seed": self.seed, "keyed_by": ["seed", "step", "rank"]},
             "total_steps": self.last_step,
         }
-        checkpoint.save_checkpoint(self.engine, self.output_dir, step=step, state=facts, keep=self.keep)
+        self._saver.save(step, facts)
         self._saved = step
+
+    def _log_saved(self) -> None:
+        for step, figures in self._saver.figures():
+            self.tracker.log_metrics(step, figures)
 
 
 def _shown(name: str) -> bool:

@@ -50,6 +50,8 @@ class TrainArguments:
     save_steps: int = flag(500, "steps between checkpoints; 0: only at the end")
     save_total_limit: int = flag(2, "checkpoints kept; 0: all")
     eval_steps: int = flag(0, "steps between validations; 0: never")
+    max_bad_steps: int = flag(5, "steps in a row without finite loss or gradients (skipped) that stop the run")
+    hang_timeout: float = flag(1800.0, "seconds without a finished step that end the run, with stacks; 0: for ever")
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
@@ -61,9 +63,11 @@ class TrainArguments:
     def __post_init__(self) -> None:
         self.bf16 = self.bf16.lower()
         need(self.bf16 in ("auto", "true", "false"), "bf16 must be auto, true or false", self.bf16)
-        for name in ("global_batch", "max_micro_batch", "logging_steps"):
+        for name in ("global_batch", "max_micro_batch", "logging_steps", "max_bad_steps"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("save_steps", "save_total_limit", "eval_steps", "weight_decay", "max_grad_norm", "adam_eps"):
+        for name in ("save_steps", "save_total_limit", "eval_steps", "hang_timeout"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm", "adam_eps"):
             need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         for name in ("lambda_seg", "lambda_gen", "lambda_bce", "lr"):
             need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
