@@ -19,6 +19,7 @@ CORE = [
     "taming-transformers==0.0.1",  # taming.modules only; the release pulls pytorch-lightning and omegaconf
     "webdataset>=1.0",
     "fsspec>=2024.2",  # shards behind URLs; s3:// wants s3fs besides, gs:// gcsfs
+    "filelock>=3.12",
     "safetensors>=0.5",
     "pycocotools>=2.0.8",
     "scipy>=1.11",
@@ -32,12 +33,20 @@ CORE = [
 ]
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
+DEMO = ["gradio>=6"]
+QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
 EXTRAS = {
     "eval": EVAL,
-    "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
-    "demo": ["gradio>=5"],
+    "gpu": ["triton>=3.6; platform_system == 'Linux'", *QUANT],
+    "quant": QUANT,
+    "demo": DEMO,
+    "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
+        *DEMO,
+        *QUANT,
+        "peft>=0.18",
+        "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
@@ -62,8 +71,10 @@ setup(
         "pipeline.runtime",
         "pipeline.scoring",
         "pipeline.assembly",
+        "pipeline.inference",
         "pipeline.mini",
         "pipeline.settings",
+        "pipeline.planning",
         "sparse_kernels",
     ],
     package_dir={"": ".", "sparse_kernels": "kernels/sparse_kernels"},

@@ -6,15 +6,18 @@
 
 MMUD rows are repeated, each with a picture file of its own, until there are --samples of them. The cases:
 
-    loose files       a map-style Dataset over the pickle and the picture files, as the released code reads: each
-                      picture decoded and put through open_clip's preprocessing at full size, each polygon rasterised at
-                      full size and shrunk to 224 pixels
-    webdataset        plain webdataset over our shards, then our transforms
-    ours              our loader over the same shards
-    ours, resized     our loader over shards whose pictures were resized once at packing (--resize 256)
+    loose files          a map-style Dataset over the pickle and the picture files that does what the released one does:
+                         each picture opened by PIL and put through CLIP's preprocessing from its full size, each mask
+                         of the sample rasterised at full size and resized to 224 pixels. The preprocessing is
+                         open_clip's, squashing as that code does; the Hugging Face processor it calls takes longer
+    webdataset           plain webdataset over our shards, then our transforms
+    ours                 our loader over the same shards
+    webdataset, resized  as above, over shards whose pictures were resized once at packing (--resize 224)
+    ours, resized        as above, over these
 
-All make the same: batches of CLIP pixels [3,224,224], masks, token ids and labels of the caption and reasoning tasks in
-turn. CPU time is of all processes; it says more than samples per second on a machine that does other things too.
+All make batches of CLIP pixels [3,224,224], masks, token ids and labels of the four tasks in turn. The cases take
+turns, --rounds times, so that a busy machine is busy for all of them. CPU time is of all processes; it says more than
+samples per second on such a machine. Packing and opening the index of 36,000 samples are measured too.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
+import operator
 import os
 import pickle
 import platform
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,23 +46,35 @@ import open_clip
 import torch
 import webdataset
 from PIL import Image
+from pycocotools import mask as coco_masks
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from pipeline.data import prompts, rle
+from pipeline.data import manifest, prompts
 from pipeline.data.collate import Collator
+from pipeline.data.files import find_image
 from pipeline.data.loader import build_loader
 from pipeline.data.mixture import make_order, open_data
 from pipeline.data.mmud import MmudSource
 from pipeline.data.mmud_rows import parse_dialogue
 from pipeline.data.order import Item
-from pipeline.data.schema import Sample
+from pipeline.data.schema import OBJECT_TAG, SCHEMA_VERSION, Sample
+from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
+from pipeline.data.unpickle import load_pickle
 from pipeline.data.writer import pack
 
 REPO = Path(__file__).resolve().parents[1]
 SIDE, MASK_SIDE, BATCH = 224, 144, 16
-TASKS = ("reasoning", "caption")
+INDEX_SAMPLES, INDEX_SHARD = 36_000, 1000
+_OPEN_INDEX = """
+import psutil, sys, time
+from pipeline.data.reader import ShardDataset
+me = psutil.Process()
+before, began = me.memory_info().rss, time.process_time()
+data = ShardDataset(sys.argv[1], "train")
+print(len(data), time.process_time() - began, (me.memory_info().rss - before) / 1e6)
+"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,10 @@ class Measured:
     samples: int
     wall: float
     cpu: float
+
+    def __add__(self, other: Measured) -> Measured:
+        assert self.case == other.case
+        return Measured(self.case, self.samples + other.samples, self.wall + other.wall, self.cpu + other.cpu)
 
     @property
     def cpu_ms(self) -> float:
@@ -98,35 +121,42 @@ def make_collator() -> Collator:
         mask_size=MASK_SIDE,
         image_prefix=prompts.image_prefix("", 257),
         max_length=768,
-        tasks=TASKS,
     )
 
 
 class LooseFiles(Dataset[dict[str, Any]]):
-    """What the released code's Dataset does for a row: pictures and polygons at full size, then shrunk."""
+    """What the released code's Dataset does for a row: the picture and all of its masks at full size, then resized."""
 
     def __init__(self, rows: list[Any], images: Path, collator: Collator) -> None:
         self.rows, self.images, self.token_map = rows, images, collator.token_map
-        self.transform = open_clip.image_transform(SIDE, is_train=False)
+        self.transform = open_clip.image_transform(SIDE, is_train=False, resize_mode="squash")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        path, caption, enriched, _, masks, *_ = self.rows[i]
-        picture = Image.open(self.images / path).convert("RGB")
-        question, answer = parse_dialogue(enriched)
-        targets = []
-        if i % 2 == 0:
-            question, answer = "Describe the picture.", caption
+        path, caption, enriched, phrases, masks, _, height, width, *_ = self.rows[i]
+        pixels = self.transform(Image.open(self.images / path))
+        targets = [self._mask(mask, height, width) for mask in masks]
+        task = tuple(TASKS)[i % 4]
+        if task == "reasoning":
+            question, answer = parse_dialogue(enriched)
+            targets = [targets[int(tag[1]) - 1] for tag in OBJECT_TAG.finditer(answer)]
+        elif task == "referring":
+            question = f"Segment {', '.join(each[0] for each in phrases)}."
+            answer = ", ".join(f"<OBJ-{n}>" for n in range(1, len(masks) + 1))
         else:
-            for mask in masks:
-                flat = rle.from_annotation(mask[0]) if isinstance(mask[0], dict) else None
-                full = rle.decode(flat or rle.from_polygons([mask], picture.height, picture.width))
-                half = torch.from_numpy(np.ascontiguousarray(full))[None, None].float()
-                targets.append(torch.nn.functional.interpolate(half, (SIDE, SIDE), mode="nearest")[0, 0])
+            question, answer = ("Describe the picture.", caption) if task == "caption" else (f"Draw {caption}", "<GEN>")
+            targets = []
         ids = self.token_map.encode(prompts.dialogue(question)) + self.token_map.encode(" " + answer, continued=True)
-        return {"pixels": self.transform(picture), "masks": targets, "ids": ids}
+        return {"pixels": pixels, "masks": targets, "ids": ids}
+
+    @staticmethod
+    def _mask(mask: Any, height: int, width: int) -> torch.Tensor:
+        rles = mask if isinstance(mask[0], dict) else coco_masks.frPyObjects([mask], height, width)
+        full_HW = coco_masks.decode(rles).sum(axis=2) == 1
+        small = Image.fromarray(full_HW.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(small)).long()
 
     @staticmethod
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,14 +176,14 @@ def loose_files(rows: list[Any], images: Path, collator: Collator, workers: int)
     yield from (len(batch["ids"]) for batch in loader)
 
 
-def plain_webdataset(folder: Path, samples: int, collator: Collator, workers: int) -> Iterator[int]:
+def plain_webdataset(folder: Path, collator: Collator, workers: int) -> Iterator[int]:
     """Samples of each batch."""
 
     def to_sample(found: dict[str, Any]) -> Sample:
         return Sample.from_json(found["json"], image=found["jpg"], image_format="jpg")
 
     def collate(part: list[Sample]) -> Any:
-        return collator([(sample, Item(i, 0, TASKS[i % 2])) for i, sample in enumerate(part)])
+        return collator([(sample, Item(i, 0, tuple(TASKS)[i % 4])) for i, sample in enumerate(part)])
 
     urls = sorted(str(path) for path in folder.glob("train-*.tar"))
     data = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(500).map(to_sample)
@@ -164,22 +194,22 @@ def plain_webdataset(folder: Path, samples: int, collator: Collator, workers: in
 def ours(folder: Path, samples: int, collator: Collator, workers: int) -> Iterator[int]:
     """Samples of each batch."""
     data = open_data(str(folder), "train")
-    order = make_order(data, seed=0, global_batch=BATCH, tasks=TASKS, task_mix=(1.0, 1.0), window=16384)
+    order = make_order(data, seed=0, global_batch=BATCH, tasks=tuple(TASKS), task_mix=(1.0,) * 4, window=16384)
     loader = build_loader(
         data, order, collator, micro_batch=BATCH, last_step=samples // BATCH, num_workers=workers
     )  # fmt: skip
     yield from (len(batch.keys) for _, batches in loader for batch in batches)
 
 
-def tiled(rows_path: Path, images: Path, samples: int, folder: Path) -> list[Any]:
+def tiled(pickles: list[Path], images: Path, samples: int, folder: Path) -> list[Any]:
     """`samples` rows, each with a picture file of its own, and `folder`/train.pkl of them."""
-    rows = pickle.loads(rows_path.read_bytes())
+    rows = [row for path in pickles for row in load_pickle(path)]
     made = []
     for number in range(samples):
         row = rows[number % len(rows)]
-        found = images / row[0].replace("\\", "/").split("/")[-1]
-        if not found.exists():
-            found = images / found.name.rsplit("_", 1)[-1]
+        found = find_image(images, row[0])
+        if found is None:
+            raise SystemExit(f"{row[0]} is not under {images}: point --images to the rows' pictures")
         name = f"{number:012d}.jpg"
         shutil.copyfile(found, folder / name)
         made.append((name, *row[1:]))
@@ -187,46 +217,83 @@ def tiled(rows_path: Path, images: Path, samples: int, folder: Path) -> list[Any
     return made
 
 
-def run(arguments: argparse.Namespace) -> list[Measured]:
-    """Make the data, measure each case once, and packing too."""
+def packing(loose: Path, out: Path, workers: int, resize: int | None) -> Iterator[int]:
+    """Samples packed."""
+    source = MmudSource(loose, loose)
+    yield pack(source, "train", out, workers=workers, samples_per_shard=250, resize=resize, progress=False).samples
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[Measured], int]:
+    """Make the data, measure packing, and each case --rounds times in turn; (results, bytes of the pictures)."""
     torch.set_num_threads(1)
-    collator, results = make_collator(), []
+    collator, samples, workers = make_collator(), arguments.samples, arguments.workers
     with tempfile.TemporaryDirectory(dir=arguments.scratch or None) as scratch:
         loose, plain, small = (Path(scratch) / name for name in ("loose", "plain", "small"))
         loose.mkdir()
-        rows = tiled(Path(arguments.rows), Path(arguments.images), arguments.samples, loose)
+        rows = tiled([Path(path) for path in arguments.rows], Path(arguments.images), samples, loose)
         size = sum(path.stat().st_size for path in loose.glob("*.jpg"))
-        for case, out, resize in (("packing", plain, None), ("packing, resized", small, 256)):
-            source = MmudSource(loose, loose)
-            how = {"workers": max(arguments.workers, 1), "samples_per_shard": 250, "resize": resize}
-            packed = measure(case, lambda out=out, how=how, source=source: _pack(source, out, how))
-            results.append(packed)
-            print(
-                f"{case}: {packed.samples / packed.wall:.0f} samples/s, {size / packed.wall / 1e6:.0f} MB/s", flush=True
-            )
-        cases: list[tuple[str, Callable[[], Iterable[int]]]] = [
-            ("loose files", lambda: loose_files(rows, loose, collator, arguments.workers)),
-            ("webdataset", lambda: plain_webdataset(plain, arguments.samples, collator, arguments.workers)),
-            ("ours", lambda: ours(plain, arguments.samples, collator, arguments.workers)),
-            ("webdataset, resized", lambda: plain_webdataset(small, arguments.samples, collator, arguments.workers)),
-            ("ours, resized", lambda: ours(small, arguments.samples, collator, arguments.workers)),
+        results = [
+            measure("packing", lambda: packing(loose, plain, max(workers, 1), None)),
+            measure("packing, resized", lambda: packing(loose, small, max(workers, 1), SIDE)),
         ]
-        results += [measure(case, make) for case, make in cases]
-    return results
+        cases: dict[str, Callable[[], Iterable[int]]] = {
+            "loose files": lambda: loose_files(rows, loose, collator, workers),
+            "webdataset": lambda: plain_webdataset(plain, collator, workers),
+            "ours": lambda: ours(plain, samples, collator, workers),
+            "webdataset, resized": lambda: plain_webdataset(small, collator, workers),
+            "ours, resized": lambda: ours(small, samples, collator, workers),
+        }
+        rounds = [[measure(case, make) for case, make in cases.items()] for _ in range(arguments.rounds)]
+        return results + [functools.reduce(operator.add, each) for each in zip(*rounds, strict=True)], size
 
 
-def _pack(source: MmudSource, out: Path, how: dict[str, Any]) -> Iterator[int]:
-    yield pack(source, "train", out, progress=False, **how).samples
+def open_index() -> tuple[float, float]:
+    """(CPU seconds, megabytes) that opening a data set of INDEX_SAMPLES takes, in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        shards, indexes = [], []
+        for first in range(0, INDEX_SAMPLES, INDEX_SHARD):
+            name = manifest.shard_name("train", first // INDEX_SHARD)
+            where = {"jpg": [0, 150_000, 123456789], "json": [150_528, 2000, 987654321]}
+            keys = [f"{number:012d}" for number in range(first, first + INDEX_SHARD)]
+            entry = {"name": name, "samples": len(keys), "bytes": 10**9, "sha256": "0" * 64}
+            index = {"shard": name, "bytes": 10**9, "sha256": "0" * 64, "job": "", "left_out": []}
+            index["samples"] = [{"key": key, "files": where} for key in keys]
+            (root / manifest.index_name(name)).write_bytes(manifest.canonical(index))
+            with (root / name).open("wb") as file:
+                file.truncate(10**9)
+            indexes.append(index)
+            shards.append(entry)
+        split = {"samples": INDEX_SAMPLES, "shards": shards, "digest": manifest.splits_digest(indexes)}
+        whole = {"format": manifest.FORMAT, "schema_version": SCHEMA_VERSION, "splits": {"train": split}}
+        manifest.write_json(root / manifest.MANIFEST, whole)
+        command = [sys.executable, "-c", _OPEN_INDEX, str(root)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found, seconds, megabytes = map(float, told.split())
+    assert found == INDEX_SAMPLES
+    return seconds, megabytes
 
 
-def table(results: list[Measured]) -> str:
+def table(results: list[Measured], size: int) -> str:
     """Markdown; the loose files are what the others are measured against."""
     base = next(each for each in results if each.case == "loose files")
-    lines = ["| case | samples/s | CPU ms/sample | per CPU-second, loose files = 1 |", "|---|---|---|---|"]
+    lines = ["| case | samples/s | CPU ms/sample | per CPU-second, loose files = 1 |", "|---|---:|---:|---:|"]
     lines += [
         f"| {each.case} | {each.samples / each.wall:.0f} | {each.cpu_ms:.2f} | {base.cpu_ms / each.cpu_ms:.2f} |"
         for each in results
+        if not each.case.startswith("packing")
     ]
+    lines += [
+        "",
+        "| packing | samples/s | MB/s | samples per CPU-second | MB per CPU-second |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for each in results:
+        if each.case.startswith("packing"):
+            rates = [amount / time for time in (each.wall, each.cpu) for amount in (each.samples, size / 1e6)]
+            name = "as they came" if each.case == "packing" else "resized"
+            lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |")
     return "\n".join(lines)
 
 
@@ -247,15 +314,20 @@ def append_csv(path: Path, results: list[Measured], workers: int) -> None:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=str(REPO / "tests/data/mmud/train.pkl"), help="pickle of MMUD rows")
-    parser.add_argument("--images", default=str(REPO / "tests/data/mmud/images"), help="folder with their pictures")
+    mmud = REPO / "tests" / "data" / "mmud"
+    default = [str(mmud / f"{name}.pkl") for name in ("train", "valid_withlength", "test")]
+    parser.add_argument("--rows", nargs="+", default=default, help="pickles of MMUD rows")
+    parser.add_argument("--images", default=str(mmud / "images"), help="folder with their pictures")
     parser.add_argument("--samples", type=int, default=2000, help="rows after repeating")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each case is measured, in turn")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0: the main process reads")
     parser.add_argument("--scratch", default="", help="folder for the data that is made; default: the system's")
     parser.add_argument("--csv", default="", help="file that the results are appended to")
     arguments = parser.parse_args()
-    results = run(arguments)
-    print(table(results))
+    results, size = run(arguments)
+    print(table(results, size))
+    seconds, megabytes = open_index()
+    print(f"\nIndex of {INDEX_SAMPLES:,} samples: opened in {seconds:.2f} CPU-seconds, {megabytes:.0f} MB")
     if arguments.csv:
         append_csv(Path(arguments.csv), results, arguments.workers)
 

@@ -13,18 +13,27 @@ from typing import Any, TypeVar, get_type_hints
 
 from pipeline.mini.grammar import IMAGE_PREFIX
 from pipeline.runtime import command_line
+from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
+from pipeline.settings.plan import PlanArguments
 from pipeline.settings.train import TrainArguments
 
 __all__ = [
     "PRESETS",
     "REPO",
+    "AblationArguments",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "LoadArguments",
     "ModelArguments",
+    "PlanArguments",
     "TrainArguments",
     "from_dict",
     "parse",
@@ -34,7 +43,7 @@ __all__ = [
 KINDS: tuple[type, ...] = (ModelArguments, DataArguments, TrainArguments, EvalArguments)
 _LARGE = {
     "clip": "ViT-L-14-quickgelu",
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "full",
     "bf16": "true",
     "global_batch": 12,
     "epochs": 10.0,
@@ -93,7 +102,8 @@ _T = TypeVar("_T")
 def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be.
 
-    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none.
+    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none. The
+    paths that a preset leaves open must be given, except for a plan, which reads no weights and no data.
     """
     from_preset = ModelArguments in kinds
     return command_line.parse(
@@ -102,7 +112,7 @@ def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str
         every_kind=KINDS,
         preset=preset_values if from_preset else None,
         peek=("preset", "config", "mechanism") if from_preset else (),
-        check=_check_required if from_preset else None,
+        check=_check_required if from_preset and PlanArguments not in kinds else None,
         description=description,
     )
 

@@ -1,12 +1,15 @@
 """Scores a tuned model on a split of a packed data set, by free-running decoding.
 
-    python pipeline/evaluate_mmud.py --checkpoint runs/quickstart --condition all
-    python pipeline/evaluate_mmud.py --checkpoint runs/13b/checkpoint-28000 --split valid --data /data/mmud --limit 200
+    python pipeline/evaluate_mmud.py --checkpoint runs/quickstart --condition all --protocol both
+    deepspeed pipeline/evaluate_mmud.py --checkpoint runs/13b --split valid --data /data/mmud --limit 200
+    python pipeline/evaluate_mmud.py --from runs/quickstart/predictions
+    python pipeline/evaluate_mmud.py --tables runs/7b,runs/13b --report_dir docs/results/tables
     python pipeline/evaluate_mmud.py --summarise runs/seed0,runs/seed1,runs/seed2 --report_dir docs/results/mini
 
-Writes report.json, report.md, contact_sheet.png and predictions/ into the run's folder (or --report_dir) and, when the
-run was tracked, logs them to its MLflow run. --summarise loads no model: it makes one table, mean ± standard deviation,
-of runs that were evaluated before. --help lists the flags.
+Writes report.json, report.md, details.json, the paper's tables, contact_sheet.png and predictions/ into the run's
+folder (or --report_dir) and, when the run was tracked, logs them to its MLflow run. The result does not depend on the
+number of ranks. --from scores saved predictions again; --tables and --summarise put several reports together (rows of
+the paper's tables; mean ± standard deviation over seeds). These three load no model. --help lists the flags.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.assembly.evaluation import Evaluation
+from pipeline.assembly.evaluation import Evaluation, score_saved
 from pipeline.config import EvalArguments, parse
-from pipeline.runtime.ranks import detect
+from pipeline.runtime.ranks import detect, join, part, tell_failure
+from pipeline.scoring.paper_tables import table_runs
 from pipeline.scoring.seeds import write_summary
 
 
@@ -25,13 +29,21 @@ def main() -> int:
     try:
         if args.summarise:
             print(write_summary(args.summarised_runs, Path(args.report_dir), args.title))
-            return 0
-        evaluation = Evaluation(args, detect().device)
-        evaluation.run()
-        print(evaluation.write())
+        elif args.tables:
+            print(table_runs(args.tabled_runs, Path(args.report_dir)))
+        elif args.from_predictions:
+            saved = Path(args.from_predictions)
+            print(score_saved(saved, Path(args.report_dir or saved.parent), args))
+        else:
+            ranks = detect()
+            join(ranks)
+            if text := Evaluation(args, ranks).run():
+                print(text)
     except ValueError as error:
-        print(f"evaluate_mmud.py: error: {error}", file=sys.stderr)
+        tell_failure(f"evaluate_mmud.py: error: {error}")
         return 2
+    finally:
+        part()
     return 0
 
 

@@ -5,8 +5,9 @@ r"""Tunes a frozen LLaMA on a packed data set with DeepSpeed: four tasks togethe
     deepspeed pipeline/train.py --deepspeed ds_configs/z2.json \
         --preset 7b --base LLAMA --clip_weights CLIP --data SHARDS
 
-Runs under the deepspeed launcher, torchrun, srun with one task per rank, or alone. It goes on from the newest whole
-checkpoint of --output_dir; --resume never starts anew. --help lists every flag.
+Runs under the deepspeed launcher, torchrun, srun with one task per rank, or alone; slurm/ has scripts for clusters. It
+goes on from the newest whole checkpoint of --output_dir; --resume never starts anew. Before any model is loaded all
+that is missing or does not fit is listed; with --preflight that is all it does. --help lists every flag.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.assembly import parts
+from pipeline.assembly import parts, preflight
 from pipeline.assembly import training as assembly
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
 from pipeline.runtime.faults import explain
 from pipeline.runtime.ranks import Ranks, detect, tell_failure
-from pipeline.runtime.stopping import DONE
+from pipeline.runtime.stopping import DONE, watching
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
@@ -32,6 +33,9 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
 
     The process group must have been started.
     """
+    preflight.check(model, data, train, ranks)
+    if train.preflight:
+        return DONE
     plan = assembly.plan_run(model, data, train, ranks)
     resume = find_resume(train.resume, train.output_dir)
     if resume is not None:
@@ -69,7 +73,7 @@ def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
     )
     ended = "FAILED"
     try:
-        assembly.log_record(tracker, record, train.output_dir, ranks)
+        assembly.log_record(tracker, record, train.output_dir, ranks, first)
         trainer = Trainer(
             engine,
             plan.batches(collator, first),
@@ -96,6 +100,8 @@ def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
         marker = trainer.train()
         ended = "FINISHED" if marker == DONE else "KILLED"
         assembly.log_seconds(train.output_dir, ranks, load=loaded - began, tune=time.perf_counter() - loaded)
+        if marker == DONE:
+            assembly.register(tracker, train.register_model, record, train.output_dir, plan.steps, ranks)
         if ranks.is_main and marker == DONE:
             print(plan.closing())
         return marker
@@ -108,9 +114,10 @@ def main() -> int:
     model, data, train = parse(ModelArguments, DataArguments, TrainArguments, description=__doc__)
     ranks = None
     try:
-        ranks = detect()
-        runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * train.hang_timeout / 60.0))
-        run(model, data, train, ranks)
+        with watching():
+            ranks = detect()
+            runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * train.hang_timeout / 60.0))
+            run(model, data, train, ranks)
         return 0
     except Exception as error:
         text, status = explain(error, "train.py")

@@ -136,24 +136,52 @@ def test_projections_follow_the_equations_over_all_layers(projections, mechanism
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("mechanism", [PAPER, RELEASED, {"pattern": "top2beta"}, {"pattern": "distribution"}])
-def test_checkpointing_leaves_loss_and_gradients_as_they_are(name, mechanism):
+@pytest.mark.parametrize("part", ["full", "attention"])
+def test_checkpointing_leaves_loss_and_gradients_as_they_are(name, mechanism, part):
     grads = []
     for checkpointing in (False, True):
         llm = tuned(name, "qv", 1, **mechanism).train()
         for layer in llm.model.layers[1:]:
             layer.network.set_step(11)
         calls = []
-        llm.model.layers[2].layer.self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        llm.model.layers[2].layer.self_attn.q_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        llm.model.layers[2].network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
-            enable_checkpointing(llm)
+            enable_checkpointing(llm, part)
         embeds = llm.get_input_embeddings()(IDS).detach().requires_grad_()
         loss = llm(inputs_embeds=embeds, labels=IDS).loss
         loss.backward()
-        assert len(calls) == 1 + checkpointing, "each region is recomputed exactly once"
+        assert len(calls) == 2 + 2 * checkpointing, "each region is recomputed exactly once"
         grads.append([loss.detach(), embeds.grad] + [p.grad for p in llm.parameters() if p.requires_grad])
     assert len(grads[0]) == len(grads[1]) > 6
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed) and plain.abs().sum() > 0
+
+
+def held(part):
+    """Bytes that the forward keeps for the backward pass."""
+    llm = tuned("llama", "qv", 1).train()
+    if part:
+        enable_checkpointing(llm, part)
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    embeds = torch.randn(4, 64, 32, requires_grad=True)
+    weights = {each.untyped_storage().data_ptr() for each in llm.state_dict().values()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    assert out.requires_grad
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+def test_less_is_held_the_more_is_recomputed():
+    plain, attention, full = (held(part) for part in (None, "attention", "full"))
+    assert full < 0.6 * attention and attention < 0.8 * plain
+    with pytest.raises(ValueError, match="must be one of"):
+        enable_checkpointing(tuned("llama", "qv", 1), "mlp")
 
 
 def test_gradients_reach_early_networks_through_zu():

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data import images, rle
+from pipeline.data import rle
 from pipeline.data.batch import IGNORE, Batch, VisionFeatures
 from pipeline.data.collate import Collator
 from pipeline.data.loader import EvalLoader, StepDataset, build_loader
@@ -113,7 +110,7 @@ def test_masks_come_in_the_order_of_their_tags(samples, token_map):
     at = 0
     for reference in prompts.references:
         for mask in reference["masks"]:
-            assert torch.equal(batch.masks[at], images.shrink_mask(rle.decode(mask), 16))
+            assert np.array_equal(batch.masks[at], rle.shrink(mask, 16))
             at += 1
     assert at == len(batch.masks)
 
@@ -168,7 +165,7 @@ def test_damaged_samples_are_skipped_and_named(samples, token_map):
     assert empty.counts() == (0, 0, 0)
     assert empty.pixel_values.shape == (1, 3, 32, 32)
     assert len(empty.skipped) == 2
-    assert int(empty.attention_mask.sum()) == 1
+    assert int(empty.attention_mask.sum()) == 0
 
 
 def test_clip_targets_come_from_the_samples(samples, token_map):
@@ -248,67 +245,3 @@ def test_scoring_sees_every_sample_once_for_each_task(samples, token_map):
     mute = Listed([replace(samples[0], question="", answer=""), samples[1]])
     assert [b.keys for b in EvalLoader(mute, make, tasks=("reasoning",), batch_size=4)] == [[samples[1].key]]
     assert sum(len(b.keys) for b in EvalLoader(data, make, tasks=("caption",), batch_size=4, limit=5)) == 5
-
-
-def encoded(image: Image.Image, form: str, **more) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **more)
-    return out.getvalue()
-
-
-def test_pictures_of_every_mode_become_rgb():
-    red = Image.new("RGB", (40, 30), (200, 10, 10))
-    clear = Image.new("RGBA", (40, 30), (200, 10, 10, 0))
-    deep = Image.fromarray(np.full((30, 40), 0x8000, np.uint16))
-    for data, colour in (
-        (encoded(red, "JPEG", quality=95), (200, 10, 10)),
-        (encoded(red.convert("CMYK"), "JPEG", quality=95), (200, 10, 10)),
-        (encoded(red.convert("L"), "JPEG"), (67, 67, 67)),
-        (encoded(red.convert("P"), "PNG"), (200, 10, 10)),
-        (encoded(clear, "PNG"), (255, 255, 255)),
-        (encoded(deep, "PNG"), (128, 128, 128)),
-    ):
-        assert np.abs(np.asarray(images.load(data)).mean((0, 1)) - colour).max() < 8
-        assert images.to_pixels(data, image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3).shape == (3, 16, 16)
-
-
-def test_pictures_are_turned_as_their_exif_says():
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste("white", (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(picture, "JPEG", exif=exif)
-    turned = images.load(data)
-    assert turned.size == (20, 40)
-    assert images.size_of(data) == (40, 20)
-    assert turned.getpixel((10, 5)) == (255, 255, 255)
-
-
-def test_bombs_are_refused_before_they_are_decoded():
-    data = encoded(Image.new("1", (12_000, 12_000)), "PNG")
-    assert len(data) < 100_000
-    with pytest.raises(ValueError, match="limit of 64000000 pixels"):
-        images.load(data)
-
-
-def test_draft_decoding_is_close_to_full_decoding(samples):
-    full = images.pixels_of(images.load(samples[0].image), image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
-    fast = images.to_pixels(samples[0].image, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert (full - fast).abs().mean() < 0.03
-
-
-def test_a_thin_object_keeps_a_target():
-    mask = np.zeros((100, 100), np.uint8)
-    mask[:, 50] = 1
-    small = images.shrink_mask(mask, 10)
-    assert small[:, 5].tolist() == [1.0] * 10
-    assert small.sum() == 10
-
-
-def test_pixels_are_those_of_open_clips_own_preprocessing(data_dir):
-    """To a ten-thousandth, where the JPEG is decoded at full size, as all of COCO's are for CLIP's 224 pixels."""
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    theirs = open_clip.image_transform(224, is_train=False, mean=mean, std=std, resize_mode="squash")
-    for path in sorted((data_dir / "mmud" / "images").iterdir()):
-        ours = images.to_pixels(path.read_bytes(), image_size=224, mean=mean, std=std)
-        assert (ours - theirs(Image.open(path))).abs().max() < 1e-4

@@ -60,11 +60,12 @@ def test_flag_over_yaml_over_preset_over_mechanism(tmp_path: Path) -> None:
 
 def test_large_presets_hold_the_papers_settings() -> None:
     for preset in ("7b", "13b"):
-        model, _, train = parse(ModelArguments, DataArguments, TrainArguments, argv=["--preset", preset, *LARGE])
+        model, data, train = parse(ModelArguments, DataArguments, TrainArguments, argv=["--preset", preset, *LARGE])
         assert (model.alpha, model.beta, model.z_dim, model.image_merge) == (0.9, 0.4, 128, 1)
         assert (model.image_cls, model.projections, model.clip) == (True, "qv", "ViT-L-14-quickgelu")
         assert (train.global_batch, train.epochs, train.lr, train.max_steps) == (12, 10.0, 1e-4, -1)
-        assert train.gradient_checkpointing
+        assert train.gradient_checkpointing == "full"
+        assert (data.packing, data.row_tokens, train.attn) == (True, 0, "auto")
         assert train.use_bf16("cpu")
 
 
@@ -215,8 +216,20 @@ def test_every_deepspeed_file_resolves(file: Path, world: int) -> None:
     assert raw == read_json(file)
 
 
-def test_there_are_the_five_files() -> None:
-    assert {path.stem for path in DS_FILES} == {"z1", "z2", "z3", "z2_offload", "z3_offload"}
+def test_there_are_the_seven_files() -> None:
+    names = {"z1", "z2", "z3", "z2_offload", "z3_offload", "z3_quantized", "z3_hpz"}
+    assert {path.stem for path in DS_FILES} == names
+
+
+def test_quantised_gathering_is_for_cuda_and_groups_divide_the_ranks() -> None:
+    raw = read_json(config.REPO / "ds_configs" / "z3_hpz.json")
+    on_gpu, on_cpu = (resolved(raw, 4, on_cpu=on_cpu)["zero_optimization"] for on_cpu in (False, True))
+    assert on_gpu["zero_quantized_weights"] is True and on_gpu["zero_hpz_partition_size"] == 4
+    assert "zero_quantized_weights" not in on_cpu and on_cpu["zero_hpz_partition_size"] == 4
+    # Fewer ranks than a group: DeepSpeed takes all of them.
+    resolved(raw, 2)
+    with pytest.raises(ValueError, match="zero_hpz_partition_size is 4 .* 6 ranks"):
+        resolved(raw, 6)
 
 
 def test_all_contradictions_are_named_with_both_values() -> None:

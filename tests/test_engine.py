@@ -81,7 +81,6 @@ def runs(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
     bf16 = {"bf16": True, "last": 6}
     half = str(root / "half")
-    variants = {"micro 8": {"micro": 8}, "unclipped": {"clip": 0.0}, "longer": {"last": 8}}
     plans = [
         (
             1,
@@ -306,11 +305,12 @@ def test_throughput_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = throughput.Meter(torch.device("cpu"), 2, flops_per_token=1e9)
     meter._since -= 2.0
     for _ in range(4):
-        meter.add(samples=8, tokens=100)
+        meter.add(samples=8, tokens=100, slots=125)
     figures = meter.read()
     assert figures["speed/samples_per_second"] == pytest.approx(16, rel=0.05)
     assert figures["speed/tokens_per_second"] == pytest.approx(200, rel=0.05)
     assert figures["speed/seconds_per_step"] == pytest.approx(0.5, rel=0.05)
+    assert figures["padding_share"] == pytest.approx(0.2)
     assert figures["memory_gib"] > 0.01
     assert "speed/mfu" not in figures
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")

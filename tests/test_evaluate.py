@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -14,10 +15,15 @@ from PIL import Image
 
 from pipeline.data import rle
 from pipeline.data.batch import VisionFeatures
-from pipeline.data.schema import Sample
+from pipeline.data.schema import ObjectRecord, Sample
 from pipeline.model.generation import Generation
-from pipeline.runtime.evaluator import GROUP, Evaluator, OtherPictures, Prediction, full_masks
-from pipeline.scoring.report import SCORES, build_report
+from pipeline.runtime.evaluator import EachPhrase, Evaluator, OtherPictures, full_masks
+from pipeline.runtime.ranks import Ranks
+from pipeline.scoring.bootstrap import Bootstrap
+from pipeline.scoring.predictions import Prediction
+from pipeline.scoring.report import build_report
+from pipeline.scoring.scores import SCORES
+from pipeline.scoring.suite import GROUP, Rules, Scored, score_predictions
 
 TASKS = ("reasoning", "referring", "caption", "generation")
 SIDE = 8
@@ -108,22 +114,33 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def evaluator(tasks: Sequence[str] = TASKS, *, painter: Any = None, parse: Any = None) -> Evaluator:
+class Drawn(Split):
+    """n samples that show their colour."""
+
+    def __getitem__(self, i: int) -> Sample:
+        return dataclasses.replace(super().__getitem__(i), image=picture(i))
+
+
+def evaluator(tasks: Sequence[str] = TASKS, *, painter: Any = None) -> Evaluator:
     unused: Any = SimpleNamespace()
     return Evaluator(
         tuner=unused,
         vision=Colours(),  # type: ignore[arg-type]
         token_map=unused,
         collator=unused,
-        dataset=Split(4),
+        dataset=Drawn(60),
         painter=painter,
         tasks=tasks,
-        device=torch.device("cpu"),
+        ranks=Ranks(0, 0, 1, torch.device("cpu")),
         batch_size=2,
         max_new_tokens=4,
-        full_name=parse,
-        colour_shape=parse,
     )
+
+
+def score(found: Evaluator, answers: list[Prediction], condition: str, parse: Any = None) -> Scored:
+    """The scores of answers, with the features that the evaluator gives them."""
+    rules = Rules(tasks=found.tasks, bootstrap=Bootstrap(20), full_name=parse, colour_shape=parse)
+    return score_predictions(answers, found.picture_features(answers), rules, condition)
 
 
 def mask(rows: slice) -> dict[str, Any]:
@@ -151,8 +168,7 @@ def test_scores_of_known_answers() -> None:
         Prediction(key="a", task="caption", text="a dog by a cat", masks=[], reference={"caption": "a dog by a cat"}),
         Prediction(key="b", task="caption", text="a dog on grass", masks=[], reference={"caption": "a cat on grass"}),
     ]
-    found = evaluator(parse=words)
-    scores = found.score(answers, "tuned")
+    scores = score(evaluator(), answers, "tuned", words).figures
     assert set(scores) == set(SCORES)
     assert scores["referring_miou"] == pytest.approx(3 / 5)
     assert scores["referring_oiou"] == pytest.approx(3 / 5)
@@ -162,12 +178,11 @@ def test_scores_of_known_answers() -> None:
     assert scores["caption_object_f1"] == pytest.approx(2 / 3)
     assert 0.3 < scores["caption_bleu4"] < 1
     assert scores["picture_clip_cosine"] is None
-    assert found.counts == {"reasoning": 1, "referring": 3, "caption": 2, "generation": 0}
 
 
 def test_a_task_without_answers_has_no_score() -> None:
     for tasks in (("caption",), TASKS):
-        scores = evaluator(tasks, painter=SimpleNamespace()).score([], "tuned")
+        scores = score(evaluator(tasks, painter=SimpleNamespace()), [], "tuned").figures
         assert set(scores) == set(SCORES)
         assert set(scores.values()) == {None}
         build_report({"tuned": scores}, {"samples": {}, "seconds": {}, "versions": {}, "commit": None})
@@ -180,7 +195,7 @@ def pictures(n: int, *, grey: bool = False) -> list[Prediction]:
             task="generation",
             text="<GEN>",
             masks=[],
-            reference={"caption": f"colour {i}"},
+            reference={"caption": f"colour {i}", "index": i},
             picture=None if grey else picture(i),
         )
         for i in range(n)
@@ -189,29 +204,42 @@ def pictures(n: int, *, grey: bool = False) -> list[Prediction]:
 
 def test_pictures_find_their_text_and_shuffled_ones_do_not() -> None:
     scorer, some = evaluator(painter=SimpleNamespace()), pictures(60)
-    tuned, shuffled = scorer.score(some, "tuned"), scorer.score(some, "shuffled")
+    tuned, shuffled = (score(scorer, some, condition).figures for condition in ("tuned", "shuffled"))
     name = f"picture_text_r1_of_{GROUP}"
     assert tuned[name] > 0.9
     assert shuffled[name] < 0.1
     assert tuned["picture_clip_cosine"] > 0.99 > shuffled["picture_clip_cosine"]
     # Answers without <GEN> have one grey picture, which finds no text better than chance.
-    assert scorer.score(pictures(60, grey=True), "untuned")[name] < 0.1
+    assert score(scorer, pictures(60, grey=True), "untuned").figures[name] < 0.1
+    # The drawn pictures are the true ones; grey ones are far from them.
+    assert tuned["picture_clip_frechet"] == pytest.approx(0, abs=1e-4)
+    assert score(scorer, pictures(60, grey=True), "untuned").figures["picture_clip_frechet"] > 0.05
+    assert shuffled["picture_clip_frechet"] is None
     # Among fewer texts the figure would be another one.
-    few = scorer.score(pictures(8), "tuned")
+    few = score(scorer, pictures(8), "tuned").figures
     assert few[name] is None
     assert few["picture_clip_cosine"] > 0.99
 
 
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(ValueError, match="protocol must be one of free-running, teacher-forced"):
-        Evaluator(
-            **dict.fromkeys(("tuner", "vision", "token_map", "collator", "dataset", "painter")),  # type: ignore[arg-type]
-            tasks=TASKS,
-            device=torch.device("cpu"),
-            batch_size=1,
-            max_new_tokens=1,
-            protocol="greedy",
-        )
+        evaluator().predict("tuned", "greedy")
+
+
+def test_each_phrase_is_a_sample_of_its_own() -> None:
+    def thing(*phrases: str) -> ObjectRecord:
+        return ObjectRecord(phrases=phrases, box=(0, 0, 1, 1), mask=mask(slice(0, 1)), category=phrases[0])
+
+    class Two(Split):
+        def __getitem__(self, i: int) -> Sample:
+            objects = ((thing("dog", "the pet"), thing("cat")), (thing("sea"),))[i]
+            return dataclasses.replace(super().__getitem__(i), objects=objects, question="q", answer="a <OBJ-1>")
+
+    each = EachPhrase(Two(2))
+    found = [each[i] for i in range(len(each))]
+    assert [s.objects[0].phrases for s in found] == [("dog",), ("the pet",), ("cat",), ("sea",)]
+    assert [s.key for s in found] == [each.key(i) for i in range(4)] == ["s0-0-0", "s0-0-1", "s0-1-0", "s1-0-0"]
+    assert {(len(s.objects), s.question) for s in found} == {(1, "")}
 
 
 def test_shuffled_takes_over_the_pictures_that_were_drawn_from_text() -> None:

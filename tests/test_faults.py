@@ -221,10 +221,10 @@ def test_too_little_memory_names_the_settings_to_change() -> None:
     assert faults.is_out_of_memory(caught.value)
     assert faults.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert not faults.is_out_of_memory(ValueError("out of memory"))
-    plan = {"micro_batch": 6, "accumulation": 2, "checkpointing": False, "stage": 2, "offload": False}
+    plan = {"micro_batch": 6, "accumulation": 2, "checkpointing": "none", "stage": 2, "offload": False}
     said = str(faults.out_of_memory(caught.value, max_length=512, **plan))
-    assert "--micro_batch 3" in said and "--gradient_checkpointing True" in said
+    assert "--micro_batch 3" in said and "--gradient_checkpointing full" in said
     assert said.index("z3.json") < said.index("z2_offload.json") < said.index("--max_length")
-    tight = {"micro_batch": 1, "accumulation": 2, "checkpointing": True, "stage": 3, "offload": True}
+    tight = {"micro_batch": 1, "accumulation": 2, "checkpointing": "full", "stage": 3, "offload": True}
     said = str(faults.out_of_memory(caught.value, max_length=512, **tight))
     assert said.count("--micro_batch") == 1 and ".json" not in said and "--max_length (now 512)" in said

@@ -31,7 +31,7 @@ ENTRIES = sorted(path for path in REPO.glob("pipeline/*.py") if path.stem not in
 # dependency -> the only files or folders that may import it
 DOORS = {
     "deepspeed": ["pipeline/runtime/engine.py"],
-    "mlflow": ["pipeline/runtime/tracking.py"],
+    "mlflow": ["pipeline/runtime/mlflow_store.py"],
     "fsspec": ["pipeline/data/storage.py"],
     "webdataset": ["pipeline/data/writer.py", "pipeline/data/reader.py"],
     "open_clip": ["pipeline/model/vision.py"],
@@ -40,6 +40,7 @@ DOORS = {
     "pycocotools": ["pipeline/data/rle.py"],
     "pycocoevalcap": ["pipeline/scoring/"],
     "torchmetrics": ["pipeline/scoring/"],
+    "gradio": ["pipeline/inference/page.py"],
     "torch_fidelity": ["pipeline/scoring/"],
 }
 

@@ -77,6 +77,23 @@ def test_the_seed_decides_the_draw_and_nothing_else_moves() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_a_row_is_drawn_alike_whatever_stands_beside_it() -> None:
+    prior, embedding = tiny_prior(), torch.randn(8, EMBED)
+    prior.transformer.lm_head.weight.data.div_(40)
+    codes = prior.sample(embedding, top_k=6, top_p=0.9)
+    assert torch.equal(prior.sample(embedding[5:7], top_k=6, top_p=0.9, keys=[(5,), (6,)]), codes[5:7])
+
+
+def test_draws_follow_the_softmax() -> None:
+    prior = tiny_prior()
+    wanted = prior(embedding := torch.randn(1, EMBED), torch.zeros(1, 4, dtype=torch.long))[0, 0].softmax(-1)
+    first = prior.sample(embedding.expand(4000, -1), temperature=1.0)[:, 0]
+    found = torch.bincount(first, minlength=len(wanted)) / 4000
+    assert (found - wanted).abs().max() < 0.03
+    kept = prior.sample(embedding.expand(500, -1), top_k=2)[:, 0]
+    assert set(kept.tolist()) == set(wanted.topk(2).indices.tolist())
+
+
 def test_saved_and_read_again(tmp_path: Path) -> None:
     prior, embedding = tiny_prior(2), torch.randn(2, EMBED)
     prior.save(tmp_path)
@@ -103,7 +120,7 @@ def test_the_candidate_nearest_to_the_wish_is_kept(vqgan: VQGAN) -> None:
     # All candidates of the first picture, drawn one by one from the same codes: the kept one is the best of them.
     prior = tiny_prior()
     prior.transformer.lm_head.weight.data.zero_()
-    codes = prior.sample(wanted[:1].repeat(32, 1), top_k=0, top_p=1.0, seed=3)
+    codes = prior.sample(wanted[:1].repeat(32, 1), top_k=0, top_p=1.0, seed=3, keys=[(0, i) for i in range(32)])
     pixels = ((vqgan.pictures(codes) + 1) * 127.5).round() / 127.5 - 1
     best = F.cosine_similarity(pixels.mean((2, 3)), wanted[:1]).max()
     painter = Painter(prior, vqgan, mean_colour, EMBED, Sampling(top_k=0, top_p=1.0, candidates=32))

@@ -88,6 +88,20 @@ def test_prompt_and_answer_apart_equal_the_whole(tokens):
     assert apart == tokens.encode(prompt + answer)
 
 
+def test_ids_are_those_of_the_tokenizers_own_call(tokens):
+    for text in (*TEXTS, "", "Two  spaces, </s> and\nlines.", "Ünïcödé 猫"):
+        assert tokens.encode(text) == tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_truncation_that_a_tokenizer_brings_along_is_not_applied():
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    ids = TokenMap(fast, len(fast) + 6, 4).encode(TEXTS[0])
+    assert fast.decode(ids) == TEXTS[0]
+
+
 def test_a_mismatched_tokenizer_is_refused(tokens):
     with pytest.raises(ValueError, match="they do not belong together"):
         TokenMap(tokens.tokenizer, len(tokens.tokenizer) - 1, 4)

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.runtime import provenance
 from pipeline.runtime.ranks import free_port
-from pipeline.runtime.tracking import Tracker
+from pipeline.runtime.tracking import Tracker, send_left
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_dead_server_then_a_resume_into_a_live_store(tmp_path: Path, monkeypat
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 201))
     assert len(said) == 2, said
     assert "training goes on" in said[0]
-    assert "sent when the run is resumed" in said[1]
+    assert "is sent when the run is resumed" in said[1]
 
     # Steps 151..200 were trained after the last checkpoint: they are trained, and written, again.
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -100,7 +100,7 @@ def test_a_server_that_fails_in_between_gets_the_rest_later(tmp_path: Path, monk
     import mlflow
 
     real = mlflow.MlflowClient.log_batch
-    failures = iter([False, True, True])
+    failures = iter([True, True])
 
     def flaky(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
@@ -119,12 +119,70 @@ def test_a_server_that_fails_in_between_gets_the_rest_later(tmp_path: Path, monk
     assert "answer lost" in said[0]
 
 
+def test_one_run_although_the_answer_to_its_making_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    real = mlflow.MlflowClient.create_run
+    failures = iter([True])
+
+    def flaky(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = real(self, *args, **kwargs)
+        if next(failures, False):
+            raise ConnectionError("answer lost")
+        return result
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", flaky)
+    run = tracker(tmp_path, notify=lambda _: None)
+    run.log_metrics(1, {"loss": 0.5})
+    run.close(seconds=240)
+    client = mlflow.MlflowClient(run.uri)
+    assert len(client.search_runs([client.get_run(run.run_id).info.experiment_id])) == 1
+    assert history(tmp_path, "loss") == [1]
+
+
+def test_what_the_server_refuses_does_not_stop_the_rest(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = tracker(tmp_path, notify=said.append)
+    run.log_metrics(1, {"loss": 0.5, "loss/ce/where?": 0.25})
+    run.log_metrics(2, {"n" * 251: 0.5})
+    run.log_metrics(3, {"loss": 0.4})
+    run.close(seconds=240)
+    assert run.unsent == 0
+    assert len(said) == 1
+    assert "refused metrics" in said[0]
+    assert history(tmp_path, "loss") == [1, 3]
+    assert history(tmp_path, "loss/ce/where_") == [1]
+
+
+def test_files_that_do_not_arrive_hold_up_no_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError("the artifact store is away")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", broken)
+    run = tracker(tmp_path, notify=lambda _: None)
+    (tmp_path / "run.json").write_text("{}")
+    run.log_artifact(tmp_path / "run.json")
+    run.log_metrics(1, {"loss": 0.5})
+    ends = time.monotonic() + 240
+    while run.unsent > 1 and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert history(tmp_path, "loss") == [1]
+    run.close(seconds=240)
+    assert run.unsent == 1
+    monkeypatch.undo()
+    assert "has everything" in send_left(tmp_path)
+    assert [f.path for f in mlflow.MlflowClient(run.uri).list_artifacts(run.run_id)] == ["run.json"]
+    assert mlflow.MlflowClient(run.uri).get_run(run.run_id).info.status == "FINISHED"
+
+
 def test_an_evaluation_leaves_the_runs_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
-    def evaluate(value: float) -> Any:
+    def evaluate(value: float, step: int = 4) -> Any:
         guest = tracker(tmp_path, resume_step=None)
-        guest.log_metrics(4, {"test/score": value})
+        guest.log_metrics(step, {"test/score": value}, evaluation=True)
         guest.close(seconds=240)
         assert guest.unsent == 0
         return mlflow.MlflowClient(guest.uri).get_run(guest.run_id)
@@ -140,6 +198,16 @@ def test_an_evaluation_leaves_the_runs_status_alone(tmp_path: Path, monkeypatch:
     # A run that trains at this moment goes on training.
     mlflow.MlflowClient(preempted.uri).update_run(preempted.run_id, status="RUNNING")
     assert evaluate(0.5).info.status == "RUNNING"
+
+    # The same checkpoint again, and an older one later: each evaluation counts, MLflow's value is the newest step's.
+    assert evaluate(0.75).data.metrics["test/score"] == 0.75
+    evaluate(0.125, step=2)
+    assert history(tmp_path, "test/score") == [4, 4, 4, 2]
+    # The resumed run has them in its metrics.jsonl, and sends none of them again.
+    resumed = tracker(tmp_path, resume_step=4)
+    resumed.log_metrics(5, {"loss": 0.4})
+    resumed.close("KILLED", seconds=240)
+    assert history(tmp_path, "test/score") == [4, 4, 4, 2]
 
     # Another store, without the run: the one that the evaluation makes there is its own to end.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")

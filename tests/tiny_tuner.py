@@ -5,7 +5,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from pipeline.data.batch import IGNORE, Batch, PromptBatch, VisionFeatures
+from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, PromptBatch, VisionFeatures
+from pipeline.data.rows import lay_out
 from pipeline.model.backbone import tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
 from pipeline.model.initialise import initialise
@@ -41,13 +42,17 @@ def base(name="llama"):
     return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
 
 
-def build(name="llama", *, fill=True, train_embeddings="new", first_layer=0, **options):
+def build(name="llama", *, fill=True, train_embeddings="new", first_layer=0, adapt=None, **options):
+    """`adapt` puts something else than sparse networks into the LM."""
     llm = base(name)
 
     def make(index, hidden, out_features):
         return SparseNetwork(hidden, 16, out_features, layer_index=index, **options)
 
-    tune_layers(llm, first_layer=first_layer, projections="qv", make_network=make)
+    if adapt is None:
+        tune_layers(llm, first_layer=first_layer, projections="qv", make_network=make)
+    else:
+        adapt(llm)
     tuner = NeuralTuner(
         llm,
         max_objects=OBJECTS,
@@ -81,17 +86,15 @@ ROWS = [
 ]
 
 
-def batch(rows=ROWS, *, clip_targets=True):
-    length = max(len(prompt) + len(answer) for _, prompt, answer in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+def batch(rows=ROWS, *, clip_targets=True, pack_tokens=None):
+    layout = lay_out([prompt + answer for _, prompt, answer in rows], pad_id=0, budget=pack_tokens)
+    ids = layout.input_ids
+    labels = torch.full_like(ids, IGNORE)
     at = {"mask": [], "gen": []}
-    for row, (_, prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-        mask[row, :end] = 1
-        for place in range(len(prompt), end):
+    for (row, start), (_, prompt, answer) in zip(layout.starts, rows, strict=True):
+        begin, end = start + len(prompt), start + len(prompt) + len(answer)
+        labels[row, begin:end] = torch.tensor(answer)
+        for place in range(begin, end):
             if OBJ <= ids[row, place] < GEN:
                 at["mask"].append((row, place))
             elif ids[row, place] == GEN:
@@ -102,7 +105,8 @@ def batch(rows=ROWS, *, clip_targets=True):
         keys=[str(i) for i in range(len(rows))],
         tasks=[task for task, _, _ in rows],
         input_ids=ids,
-        attention_mask=mask,
+        segment_ids=layout.segment_ids,
+        position_ids=layout.position_ids,
         labels=labels,
         pixel_values=torch.zeros(len(rows), 3, 8, 8),
         mask_rows=where["mask"][:, 0],
@@ -121,7 +125,8 @@ def empty_batch():
         keys=[],
         tasks=[],
         input_ids=one,
-        attention_mask=one,
+        segment_ids=torch.full((1, 1), NO_SAMPLE),
+        position_ids=one,
         labels=torch.full((1, 1), IGNORE),
         pixel_values=torch.zeros(1, 3, 8, 8),
         mask_rows=none,

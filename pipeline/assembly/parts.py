@@ -7,6 +7,7 @@ its weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from pipeline.data.collate import Collator
 from pipeline.data.mixture import MixedDataset, open_data
 from pipeline.data.tasks import TASKS
 from pipeline.data.tokens import TokenMap
+from pipeline.model import quantisation
+from pipeline.model.adapters import add_ia3, add_lora, matched_rank
 from pipeline.model.backbone import enable_checkpointing, tune_layers
 from pipeline.model.decoders import ClipHead, ImageProjector, MaskDecoder
+from pipeline.model.heads import HEADS
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -73,6 +77,7 @@ def make_collator(
         referring_objects=data.referring_objects,
         seed=seed,
         tasks=data.task_names,
+        pack_tokens=data.row_tokens,
     )
 
 
@@ -87,40 +92,37 @@ def open_split(data: str, split: str) -> MixedDataset:
     return open_data(data, split)
 
 
-def load_llm(model: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen LM in `dtype`, with the attention that transformers chooses."""
+def load_llm(
+    model: ModelArguments, dtype: torch.dtype, *, attn: str | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The frozen LM in `dtype`.
+
+    attn: transformers' name of an attention implementation; None for its choice. device: where --base_quant quantises
+    it, matrix by matrix; without quantisation it is loaded into CPU memory.
+    """
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype)
+    quantised = quantisation.options(model.base_quant, dtype, device or torch.device("cpu"))
+    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn, **quantised)
 
 
 def make_tuner(
-    model: ModelArguments, llm: PreTrainedModel, tower: VisionTower, *, seed: int, gradient_checkpointing: bool = False
+    model: ModelArguments,
+    llm: PreTrainedModel,
+    tower: VisionTower,
+    *,
+    seed: int,
+    tasks: Sequence[str] = tuple(TASKS),
+    gradient_checkpointing: str = "none",
 ) -> NeuralTuner:
-    """The tuned model around a loaded LM; initial values still to be written by `initialise`."""
+    """The tuned model around a loaded LM, with the decoders of `tasks`; `initialise` gives it its values."""
     layers = llm.config.num_hidden_layers
     first = model.first_tuned_layer
     assert first is not None
     if first >= layers:
         raise ValueError(f"--first_tuned_layer {first}: the LM has {layers} layers, counted from 0")
 
-    def network(index: int, hidden: int, out_features: dict[str, int]) -> SparseNetwork:
-        return SparseNetwork(
-            hidden,
-            model.z_dim,
-            out_features,
-            alpha=model.alpha,  # type: ignore[arg-type]
-            beta=model.beta,
-            activation=model.activation,  # type: ignore[arg-type]
-            norm=bool(model.sparse_norm),
-            inference_sparsity=bool(model.inference_sparsity),
-            pattern=model.activation_pattern,
-            layer_index=index,
-            depth=(index - first, layers - first),
-            seed=seed,
-        )
-
-    tune_layers(llm, first_layer=first, projections=model.projections, make_network=network)
+    _tune(model, llm, first, seed)
     hidden = llm.config.hidden_size
     rows = llm.get_input_embeddings().weight
     tuner = NeuralTuner(
@@ -140,13 +142,47 @@ def make_tuner(
         clip_head=ClipHead(hidden, tower.embed_dim, kind=model.clip_head),  # type: ignore[arg-type]
         train_embeddings=model.train_embeddings,  # type: ignore[arg-type]
         tasks=tuple(TASKS),
+        heads={name: HEADS[name](hidden, tower.width) for name in tasks if name in HEADS},
     )
-    if gradient_checkpointing:
-        enable_checkpointing(llm)
+    if gradient_checkpointing != "none":
+        enable_checkpointing(llm, gradient_checkpointing)
     return tuner
+
+
+def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) -> None:
+    """Puts into the LM what --tuner names, from layer `first` on."""
+    layers = llm.config.num_hidden_layers
+
+    def network(index: int, hidden: int, out_features: dict[str, int]) -> SparseNetwork:
+        return SparseNetwork(
+            hidden,
+            model.z_dim,
+            out_features,
+            alpha=model.alpha,  # type: ignore[arg-type]
+            beta=model.beta,
+            activation=model.activation,  # type: ignore[arg-type]
+            norm=bool(model.sparse_norm),
+            inference_sparsity=bool(model.inference_sparsity),
+            pattern=model.activation_pattern,
+            layer_index=index,
+            depth=(index - first, layers - first),
+            seed=seed,
+        )
+
+    if model.tuner == "neural":
+        tune_layers(llm, first_layer=first, projections=model.projections, make_network=network)
+    elif model.tuner == "lora":
+        rank = model.lora_rank or matched_rank(llm, first_layer=first, projections=model.projections, z_dim=model.z_dim)
+        alpha = model.lora_alpha or 2.0 * rank
+        add_lora(llm, first_layer=first, projections=model.projections, rank=rank, alpha=alpha)
+    else:
+        add_ia3(llm, first_layer=first)
 
 
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
+    if table.is_meta:
+        # A planned model has no values: LLaMA's, as in ImageProjector's default.
+        return 0.02
     assert table.numel(), "under ZeRO-3 the table is gathered here"
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from pipeline.assembly import parts
 from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments, to_dict
@@ -21,8 +22,11 @@ from pipeline.data.mixture import MixedDataset, absolute_folders, make_order, we
 from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
+from pipeline.inference.export import save_pretrained
 from pipeline.mini.source import MiniSource
-from pipeline.model.fingerprint import fingerprint
+from pipeline.model import quantisation
+from pipeline.model.attention import SDPA_VARLEN
+from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
 from pipeline.model.tuner import NeuralTuner
@@ -32,13 +36,13 @@ from pipeline.runtime import faults
 from pipeline.runtime.checkpoint import check_reader
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.provenance import flatten, run_record, write_json
+from pipeline.runtime.provenance import flatten, git_diff, run_record, write_json
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.validation import ValidationLoss
 
 MINI_SHARDS = REPO / "shards" / "mini"
-_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir")
+_PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir", "task_module")
 _LOCAL_CLIP = "local-dir:"
 
 
@@ -168,7 +172,7 @@ class RunPlan:
 
     def record(self, tuner: NeuralTuner, token_map: TokenMap) -> dict[str, Any]:
         """The content of run.json, which every checkpoint holds too."""
-        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in tuner.named_parameters()}
+        sizes = {name: quantisation.elements(p) for name, p in tuner.named_parameters()}
         trained = sum(sizes[name] for name in tuner.trained_parameters())
         return run_record(
             with_absolute_paths(to_dict(self.model, self.data, self.train)),
@@ -176,6 +180,7 @@ class RunPlan:
             world_size=self.ranks.world_size,
             reader=self.reader,
             base=self.base,
+            clip={"fingerprint": clip_fingerprint(self.model.clip, self.model.clip_weights)},
             task_tokens={"first_id": token_map.base_vocab, "count": token_map.new_tokens},
             parameters={"all": sum(sizes.values()), "trained": trained},
         )
@@ -187,6 +192,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     Raises:
         ValueError: data, batch arithmetic, DeepSpeed file or base model do not fit; the message says what to do.
     """
+    check_attention(train.attn, ranks.device.type)
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
@@ -204,6 +210,8 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         warmup_steps=round(train.warmup_ratio * steps),
     )
     config = parts.read_config(model)
+    deepspeed = read_json(train.deepspeed_file())
+    quantisation.check(model.base_quant, deepspeed.get("zero_optimization", {}).get("stage", 0))
     base = {"path": os.path.abspath(model.base), "fingerprint": fingerprint(model.base)}
     return RunPlan(
         model=model,
@@ -224,7 +232,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         batch=batch,
         optimizer=optimizer,
         deepspeed=resolve(
-            read_json(train.deepspeed_file()),
+            deepspeed,
             plan=batch,
             optimizer=optimizer,
             bf16=train.use_bf16(ranks.device.type),
@@ -233,6 +241,21 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
         ),
         base=base,
     )
+
+
+def check_attention(attn: str, device_type: str) -> None:
+    """Raises ValueError if --attn names an implementation that does not run here."""
+    if attn in ("flash_attention_2", "flex_attention") and device_type != "cuda":
+        raise ValueError(f"--attn {attn} trains on a GPU only, and this run is on {device_type}: take --attn sdpa")
+    if attn == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError("--attn flash_attention_2 needs the package flash-attn: install it, or take --attn sdpa")
+
+
+def attention(attn: str, packing: bool) -> str | None:
+    """--attn as transformers takes it, None for its own choice."""
+    if attn == "auto":
+        return SDPA_VARLEN if packing else None
+    return attn
 
 
 def open_validation(data: DataArguments, train: TrainArguments) -> MixedDataset:
@@ -276,13 +299,18 @@ def pack_mini(ranks: Ranks) -> None:
 
 def prepare_tuner(plan: RunPlan, vision: VisionTower) -> NeuralTuner:
     """The tuned model with its initial values, in the precision of training; under ZeRO-3 the LM is in pieces."""
-    train = plan.train
-    bf16 = train.use_bf16(plan.ranks.device.type)
+    data, train, device = plan.data, plan.train, plan.ranks.device
+    dtype = torch.bfloat16 if train.use_bf16(device.type) else torch.float32
     with runtime.loading_in_pieces(plan.deepspeed):
-        llm = parts.load_llm(plan.model, torch.bfloat16 if bf16 else torch.float32)
+        llm = parts.load_llm(plan.model, dtype, attn=attention(train.attn, data.packing), device=device)
     with runtime.whole(list(llm.get_input_embeddings().parameters())):
         tuner = parts.make_tuner(
-            plan.model, llm, vision, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing
+            plan.model,
+            llm,
+            vision,
+            seed=train.seed,
+            tasks=data.task_names,
+            gradient_checkpointing=train.gradient_checkpointing,
         )
     initialise(tuner, train.seed, runtime.whole)
     return tuner
@@ -294,16 +322,45 @@ def flops_per_token(tuner: NeuralTuner) -> float:
     Frozen weights have no gradients; what is trained is so small that it is left out, as is attention's quadratic part.
     """
     inner = [p for name, p in tuner.llm.named_parameters() if "embed" not in name and "lm_head" not in name]
-    return 4.0 * sum(getattr(p, "ds_numel", p.numel()) for p in inner)
+    return 4.0 * sum(quantisation.elements(p) for p in inner)
 
 
-def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks) -> None:
-    """run.json into the run's folder, and its content to MLflow."""
-    if ranks.is_main:
-        path = write_json(Path(output_dir) / "run.json", record)
-        tracker.log_params(flatten(record["config"]))
-        tracker.set_tags({"git": record["git"], "versions": record["versions"], "base": record["base"]})
-        tracker.log_artifact(path)
+def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ranks: Ranks, first: int = 0) -> None:
+    """run.json and, of a changed checkout, git.diff into the run's folder, and both to MLflow.
+
+    first: the step that this start of the run goes on from; a tag of that name says where and by what it ran.
+    """
+    if not ranks.is_main:
+        return
+    path = write_json(Path(output_dir) / "run.json", record)
+    tracker.log_params(flatten(record["config"]) | flatten(record["deepspeed"], "deepspeed"))
+    tracker.set_tags(
+        {
+            "git": record["git"],
+            "versions": record["versions"],
+            "base": record["base"],
+            "mlflow.source.name": record["command"][1],
+            "mlflow.source.git.commit": record["git"]["commit"],
+            f"start.{first}": {**record["machine"], "world_size": record["world_size"], "git": record["git"]},
+        }
+    )
+    if parent := record["config"]["TrainArguments"].get("mlflow_parent"):
+        tracker.set_tags({"mlflow.parentRunId": parent})
+    tracker.log_artifact(path)
+    if changed := git_diff(REPO):
+        diff = path.with_name("git.diff")
+        diff.write_text(changed, encoding="utf-8")
+        tracker.log_artifact(diff)
+
+
+def register(tracker: Tracker, name: str, record: Mapping[str, Any], output_dir: str, step: int, ranks: Ranks) -> None:
+    """The last checkpoint, exported as pipeline/export.py does, as a version of MLflow's model `name`."""
+    if not (name and ranks.is_main):
+        return
+    run = Path(output_dir)
+    exported = save_pretrained(run / f"checkpoint-{step}", run / "registered" / f"checkpoint-{step}")
+    facts = {"base": record["base"], "step": step, "git": record["git"], "versions": record["versions"]}
+    tracker.register_model(name, exported, step=step, facts=facts)
 
 
 def log_seconds(output_dir: str, ranks: Ranks, **seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The dataclasses in which data and model meet. Imports torch and the standard library only.
 
-Shape letters: B rows, T tokens, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP embedding,
-N patches of the vision tower, C its width.
+Shape letters: B rows, T tokens, R samples, S picture side in pixels, M masks, K mask side, G pictures to make, E CLIP
+embedding, N patches of the vision tower, C its width.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position that carries no loss; PyTorch's cross-entropy leaves it out by default."""
+NO_SAMPLE = -1
+"""Segment id of padding."""
 
 _Holder = TypeVar("_Holder")
 
@@ -24,16 +26,22 @@ class Counts(NamedTuple):
     tokens: int
     masks: int
     pictures: int
+    values: dict[str, int]
+    """Items of each task's own decoder."""
 
 
 def _map_tensors(holder: _Holder, change: Callable[[Tensor], Tensor]) -> _Holder:
-    """A copy of a dataclass with `change` applied to its tensors, and to the tensors of its tuples."""
+    """A copy of a dataclass with `change` applied to its tensors, and to those of its tuples, dicts and dataclasses."""
 
     def apply(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
         if isinstance(value, tuple):
             return tuple(apply(part) for part in value)
+        if isinstance(value, dict):
+            return {name: apply(part) for name, part in value.items()}
+        if isinstance(value, ObjectValues):
+            return _map_tensors(value, change)
         return value
 
     assert dataclasses.is_dataclass(holder) and not isinstance(holder, type)
@@ -63,28 +71,45 @@ class VisionFeatures:
 
 
 @dataclass(kw_only=True)
-class Batch:
-    """One micro-batch for training.
+class ObjectValues:
+    """What a task's own decoder should say of n of a batch's <OBJ-i>.
 
-    keys, tasks      one per row; both are empty in an empty batch, which still has one row of padding (no label, no
+    places   [n] long, which of the batch's M masks each stands beside: the same token, the same state
+    targets  [n,W] float32
+    """
+
+    places: Tensor
+    targets: Tensor
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch for training: each sample a row of its own (padded), or several samples to a row (packed).
+
+    keys, tasks      one per sample; both are empty in an empty batch, which still has one row of padding (no label, no
                      mask, no picture), so that every rank calls the same modules
-    input_ids        [B,T] long, right-padded; image slots hold TokenMap.image_id
-    attention_mask   [B,T] long, 1 on tokens
+    input_ids        [B,T] long, rows padded at their ends; image slots hold TokenMap.image_id
+    segment_ids      [B,T] long: the sample, 0..R-1, that a token belongs to; NO_SAMPLE on padding. A sample's tokens
+                     stand together in one row
+    position_ids     [B,T] long: counts from 0 in each sample, and goes on counting on the padding behind it. Attention
+                     is causal and stays within a run of positions
     labels           [B,T] long: at t the id of the token at t where it carries loss, else IGNORE. The logits that
                      predict it come from the state at t-1
-    pixel_values     [B,3,S,S] float32, CLIP-normalised; of every row, also of those that must make the picture
+    pixel_values     [R,3,S,S] float32, CLIP-normalised; of every sample, also of those that must make the picture
     mask_rows        [M] long, row of each mask
     mask_positions   [M] long, position t of its <OBJ-i> in input_ids; the state that predicts it is at t-1
     masks            [M,K,K] float32 in {0,1}
     gen_rows, gen_positions  [G] long, the same for <GEN>
     clip_targets     [G,E] float32 from the shards, or None: the vision tower's embedding of pixel_values[gen_rows]
+    values           for each task in use that has a decoder of its own, its targets (n may be 0)
     skipped          "key: reason" of the samples that should have been here and could not be read
     """
 
     keys: list[str]
     tasks: list[str]
     input_ids: Tensor
-    attention_mask: Tensor
+    segment_ids: Tensor
+    position_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
     mask_rows: Tensor
@@ -93,7 +118,13 @@ class Batch:
     gen_rows: Tensor
     gen_positions: Tensor
     clip_targets: Tensor | None = None
+    values: dict[str, ObjectValues] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B,T] long, 1 on tokens, 0 on padding."""
+        return (self.segment_ids != NO_SAMPLE).long()
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on `device`; asynchronous from pinned memory."""
@@ -104,8 +135,9 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
     def counts(self) -> Counts:
-        """How many labelled tokens, masks and pictures this micro-batch holds."""
-        return Counts(int((self.labels != IGNORE).sum()), self.masks.shape[0], self.gen_rows.shape[0])
+        """How many labelled tokens, masks, pictures and values of each task this micro-batch holds."""
+        values = {task: found.targets.shape[0] for task, found in self.values.items()}
+        return Counts(int((self.labels != IGNORE).sum()), self.masks.shape[0], self.gen_rows.shape[0], values)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +149,8 @@ class PromptBatch:
     pixel_values    [B,3,S,S] float32
     references      per row: index (of the sample in its split), answer, caption, question, size (height, width) of the
                     masks in pixels, object_indices, masks (full-resolution COCO RLE, in target order: <OBJ-1> first),
-                    names (the objects' categories, same order), phrases (what the prompt called them; referring only)
+                    names (the objects' categories, same order), phrases (what the prompt called them; referring only),
+                    values (of a task with a decoder of its own), and what else the task puts there
     answer_ids      the right answer's ids, end token included, for teacher-forced scoring
     skipped         "key: reason" of the samples that could not be read
     """

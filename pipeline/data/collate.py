@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.data import prompts, rle
-from pipeline.data.batch import IGNORE, Batch, PromptBatch
-from pipeline.data.images import shrink_mask, to_pixels
+from pipeline.data.batch import IGNORE, NO_SAMPLE, Batch, ObjectValues, PromptBatch
+from pipeline.data.images import normalise, to_square
 from pipeline.data.order import Item, keyed_rng
+from pipeline.data.rows import lay_out
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, MaskTokens, TaskOptions, TaskText, check_names, resolve
-from pipeline.data.tokens import TokenMap
+from pipeline.data.tokens import TokenMap, strip_tags
 
 _LEAST_ROOM = 16
 """Tokens that question and answer need at the very least."""
@@ -33,7 +34,7 @@ class _Row:
     prompt_ids: list[int]
     answer_ids: list[int]
     objects: tuple[int, ...]
-    pixels_3SS: Tensor
+    picture_3SS: Tensor
 
 
 class Collator:
@@ -45,6 +46,8 @@ class Collator:
     max_length   longest sequence in tokens, picture slots included. A question that is too long loses words at its end,
                  then the answer does; an object whose tag is cut loses its target too
     tasks        the tasks in use; a sample that lacks one falls to the next of these
+    pack_tokens  training batches hold several samples to a row, of this many tokens at most, 0 for all in one row;
+                 None: a padded row each
     """
 
     def __init__(
@@ -61,12 +64,16 @@ class Collator:
         referring_objects: int = 3,
         seed: int = 0,
         tasks: Sequence[str] = tuple(TASKS),
+        pack_tokens: int | None = None,
     ) -> None:
+        if pack_tokens and pack_tokens < max_length:
+            raise ValueError(f"pack_tokens {pack_tokens} is less than max_length {max_length}: rows must hold a sample")
         self.token_map = token_map
         self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
         self.mask_size = mask_size
         self.max_length = max_length
         self.seed = seed
+        self.pack_tokens = pack_tokens
         self.tasks = check_names(tasks)
         self.options = TaskOptions(
             referring_objects=referring_objects, max_objects=token_map.max_objects, mask_tokens=mask_tokens
@@ -81,27 +88,26 @@ class Collator:
     def __call__(self, samples: Sequence[tuple[Sample, Item]], skipped: Sequence[str] = ()) -> Batch:
         """A training batch. `skipped`: samples already given up on by the reader, as "key: reason"."""
         rows, gone = self._rows(samples)
-        sequences = [row.prompt_ids + row.answer_ids for row in rows] or [[self.token_map.pad_id]]
-        width = max(len(ids) for ids in sequences)
-        input_ids = torch.full((len(sequences), width), self.token_map.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORE)
-        for r, ids in enumerate(sequences):
-            input_ids[r, : len(ids)] = torch.tensor(ids)
-            # One visible position also in an empty batch: a row of attention over nothing would be NaN.
-            attention_mask[r, : len(ids)] = 1
-        for r, row in enumerate(rows):
-            start = len(row.prompt_ids)
-            labels[r, start : start + len(row.answer_ids)] = torch.tensor(row.answer_ids)
-        mask_places = [place for r, row in enumerate(rows) for place in self._mask_places(r, row)]
-        gen_places = [(r, len(row.prompt_ids)) for r, row in enumerate(rows) if row.text.wants_picture]
+        sequences = [row.prompt_ids + row.answer_ids for row in rows]
+        layout = lay_out(sequences or [[self.token_map.pad_id]], pad_id=self.token_map.pad_id, budget=self.pack_tokens)
+        if not rows:
+            layout.segment_ids[:] = NO_SAMPLE
+        labels = torch.full_like(layout.input_ids, IGNORE)
+        mask_places, gen_places = [], []
+        for row, (r, start) in zip(rows, layout.starts, strict=False):
+            answer = start + len(row.prompt_ids)
+            labels[r, answer : answer + len(row.answer_ids)] = torch.tensor(row.answer_ids)
+            mask_places += [(r, answer + t) for t in self._mask_places(row)]
+            if row.text.wants_picture:
+                gen_places.append((r, answer))
         masks = [mask for row in rows for mask in self._masks(row)]
         assert len(masks) == len(mask_places)
         return Batch(
             keys=[row.sample.key for row in rows],
             tasks=[row.task for row in rows],
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=layout.input_ids,
+            segment_ids=layout.segment_ids,
+            position_ids=layout.position_ids,
             labels=labels,
             pixel_values=self._pixels(rows),
             mask_rows=torch.tensor([r for r, _ in mask_places], dtype=torch.long),
@@ -110,6 +116,7 @@ class Collator:
             gen_rows=torch.tensor([r for r, _ in gen_places], dtype=torch.long),
             gen_positions=torch.tensor([t for _, t in gen_places], dtype=torch.long),
             clip_targets=_clip_targets([row.sample for row in rows if row.text.wants_picture]),
+            values=self._values(rows),
             skipped=[*skipped, *gone],
         )
 
@@ -135,6 +142,46 @@ class Collator:
             skipped=[*skipped, *gone],
         )
 
+    def ask(self, keys: Sequence[str], task: str, questions: Sequence[str], *, answer: int) -> tuple[PromptBatch, int]:
+        """Prompts for questions that come without samples, and how many first positions are the same in every row.
+
+        Padding stands behind the picture's slots and before the question, so that rows about one picture begin alike.
+        pixel_values is empty: pictures are looked at apart. `answer`: tokens to leave for the answer, which may take
+        half of the room at most. Raises ValueError for a question that is empty or too long.
+        """
+        begin = self._begin + (self._image_ids if TASKS[task].needs_image else [])
+        room = self.max_length - len(begin)
+        room -= min(answer, room // 2)
+        rows = []
+        for question in questions:
+            text = question
+            # What is left of a tag within a tag may be a tag again.
+            while (without := strip_tags(text)) != text:
+                text = without
+            if not text:
+                raise ValueError("there is no text to answer: write a question or a phrase")
+            rows.append(self.token_map.encode(prompts.dialogue(text)))
+            if len(rows[-1]) > room:
+                raise ValueError(f"the text is {len(rows[-1])} tokens long, {room} fit: shorten it")
+        width = len(begin) + max(len(ids) for ids in rows)
+        input_ids = torch.full((len(rows), width), self.token_map.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        input_ids[:, : len(begin)] = torch.tensor(begin, dtype=torch.long)
+        attention_mask[:, : len(begin)] = 1
+        for r, ids in enumerate(rows):
+            input_ids[r, width - len(ids) :] = torch.tensor(ids)
+            attention_mask[r, width - len(ids) :] = 1
+        made = PromptBatch(
+            keys=list(keys),
+            tasks=[task] * len(rows),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=torch.zeros(0, 3, self.image_size, self.image_size),
+            references=[{} for _ in rows],
+            answer_ids=[[] for _ in rows],
+        )
+        return made, len(begin)
+
     def _rows(self, samples: Sequence[tuple[Sample, Item]]) -> tuple[list[_Row], list[str]]:
         rows, gone = [], []
         for sample, item in samples:
@@ -152,9 +199,9 @@ class Collator:
         question_ids, answer_ids = self._fit(text, self.max_length - len(begin))
         numbers = [n for n in map(self.token_map.object_number, answer_ids) if n is not None]
         assert numbers == list(range(1, len(numbers) + 1))
-        pixels = to_pixels(sample.image, image_size=self.image_size, mean=self.mean, std=self.std)
+        picture = to_square(sample.image, self.image_size)
         objects = text.object_indices[: len(numbers)]
-        return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, pixels)
+        return _Row(sample, item, task.name, text, begin + question_ids, answer_ids, objects, picture)
 
     def _fit(self, text: TaskText, room: int) -> tuple[list[int], list[int]]:
         """Ids of the framed question and of the answer with its end token, together at most `room`."""
@@ -181,18 +228,34 @@ class Collator:
         words = words[: len(words) - len(tail)]
         return _longest(len(words), room, lambda n: self._answer_ids(" ".join(words[:n] + tail)))
 
-    def _mask_places(self, r: int, row: _Row) -> list[tuple[int, int]]:
-        start = len(row.prompt_ids)
-        number_of = self.token_map.object_number
-        return [(r, t) for t, i in enumerate(row.answer_ids, start=start) if number_of(i) is not None]
+    def _mask_places(self, row: _Row) -> list[int]:
+        return [t for t, i in enumerate(row.answer_ids) if self.token_map.object_number(i) is not None]
 
     def _masks(self, row: _Row) -> list[Tensor]:
-        return [shrink_mask(rle.decode(row.sample.objects[i].mask), self.mask_size) for i in row.objects]
+        return [torch.from_numpy(rle.shrink(row.sample.objects[i].mask, self.mask_size)) for i in row.objects]
+
+    def _values(self, rows: Sequence[_Row]) -> dict[str, ObjectValues]:
+        """Targets of the tasks' own decoders, for each task in use that has one, also where no row is of it."""
+        places: dict[str, list[int]] = {name: [] for name in self.tasks if TASKS[name].values}
+        targets: dict[str, list[tuple[float, ...]]] = {name: [] for name in places}
+        first = 0
+        for row in rows:
+            if row.task in places:
+                places[row.task] += range(first, first + len(row.objects))
+                targets[row.task] += row.text.values[: len(row.objects)]
+            first += len(row.objects)
+        return {
+            name: ObjectValues(
+                places=torch.tensor(places[name], dtype=torch.long),
+                targets=torch.tensor(targets[name], dtype=torch.float32).reshape(-1, TASKS[name].values),
+            )
+            for name in places
+        }
 
     def _pixels(self, rows: Sequence[_Row]) -> Tensor:
         if not rows:
             return torch.zeros(1, 3, self.image_size, self.image_size)
-        return torch.stack([row.pixels_3SS for row in rows])
+        return normalise([row.picture_3SS for row in rows], mean=self.mean, std=self.std)
 
     def _reference(self, row: _Row) -> dict[str, Any]:
         chosen = [row.sample.objects[i] for i in row.objects]
@@ -205,7 +268,9 @@ class Collator:
             "object_indices": list(row.objects),
             "masks": [each.mask for each in chosen],
             "names": [each.category for each in chosen],
-            "phrases": row.text.reference.get("phrases", []),
+            "phrases": [],
+            "values": [list(values) for values in row.text.values[: len(row.objects)]],
+            **row.text.reference,
         }
 
 

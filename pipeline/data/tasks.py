@@ -41,21 +41,28 @@ class TaskText:
     """prompt      the question, without the dialogue's frame
     answer         holds <OBJ-1>..<OBJ-k>, each once and in this order, or <GEN>
     object_indices the sample's objects that <OBJ-1>..<OBJ-k> stand for, 0-based
+    values         what the task's own decoder should say of each of them: `Task.values` numbers apiece
     reference      task-specific facts for scoring
     """
 
     prompt: str
     answer: str
     object_indices: tuple[int, ...] = ()
+    values: tuple[tuple[float, ...], ...] = ()
     wants_picture: bool = False
     reference: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """What the collator asks of a task."""
+    """What the collator asks of a task.
+
+    needs_image: whether the prompt holds the picture. values: numbers that the task's own decoder gives for each
+    <OBJ-i>, beside its mask; 0 without such a decoder.
+    """
 
     name: str
     needs_image: bool
+    values: int
 
     def available(self, sample: Sample) -> bool:
         """Whether the sample has what the task needs."""
@@ -90,6 +97,7 @@ class Reasoning:
 
     name = "reasoning"
     needs_image = True
+    values = 0
 
     def available(self, sample: Sample) -> bool:
         return bool(sample.question)
@@ -104,6 +112,7 @@ class Referring:
 
     name = "referring"
     needs_image = True
+    values = 0
 
     def available(self, sample: Sample) -> bool:
         return bool(sample.objects)
@@ -131,6 +140,7 @@ class Caption:
 
     name = "caption"
     needs_image = True
+    values = 0
 
     def available(self, sample: Sample) -> bool:
         return bool(strip_tags(sample.caption))
@@ -145,6 +155,7 @@ class Generation:
 
     name = "generation"
     needs_image = False
+    values = 0
 
     def available(self, sample: Sample) -> bool:
         return bool(strip_tags(sample.caption))
@@ -157,6 +168,14 @@ class Generation:
 
 TASKS: dict[str, Task] = {task.name: task for task in (Reasoning(), Referring(), Caption(), Generation())}
 """The registry, in the order in which a sample that lacks one task falls to the next."""
+
+
+def add_task(task: Task) -> None:
+    """Enters a task of one's own. Raises ValueError if its name is taken by another."""
+    known = TASKS.get(task.name)
+    if known is not None and type(known) is not type(task):
+        raise ValueError(f"there is a task named {task.name} already: choose another name")
+    TASKS[task.name] = task
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:

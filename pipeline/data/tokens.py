@@ -50,6 +50,12 @@ class TokenMap:
         self.eos_id: int = tokenizer.eos_token_id
         # LLaMA has no padding token; padding is masked everywhere, so the end token serves.
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # transformers' own call around the tokenizers library takes several times as long as the library: each call
+        # sets truncation and padding anew, which a tokenizer.json may bring along.
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self._sentinel_ids = self._find_sentinel()
 
     def _find_sentinel(self) -> list[int]:
@@ -64,6 +70,8 @@ class TokenMap:
         return ids if clean else []
 
     def _plain(self, text: str) -> list[int]:
+        if self._backend is not None:
+            return self._backend.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _continued(self, text: str) -> list[int]:

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.model.sparse import SparseNetwork
 
+CHECKPOINTED = ("attention", "full")
 MakeNetwork = Callable[[int, int, dict[str, int]], SparseNetwork]
 """(layer index, hidden, out_features by projection) -> the layer's sparse network."""
 
@@ -47,7 +50,7 @@ class TunedLayer(GradientCheckpointingLayer):
         self.network = network
         self.last = last
         self._scratch: _Scratch | None = None
-        layer.self_attn.register_forward_pre_hook(self._run_network, with_kwargs=True)
+        self._network_hook = layer.self_attn.register_forward_pre_hook(self._run_network, with_kwargs=True)
         for name in network.out_features:
             getattr(layer.self_attn, f"{name}_proj").register_forward_hook(_AddPart(self, name))
 
@@ -69,6 +72,27 @@ class TunedLayer(GradientCheckpointingLayer):
         assert self._scratch is not None, "a tuned layer's attention ran outside its wrapper"
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._scratch.zu, self._scratch.parts = self.network(h_BTD, self._scratch.z_prev)
+
+    def recompute_attention(self) -> None:
+        """Makes self_attn and the sparse network one checkpointed region, with zu among its outputs."""
+        self._network_hook.remove()
+        attention = self.layer.self_attn
+        attend = attention.forward
+
+        def region(z_prev_BTZ: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+            outer, self._scratch = self._scratch, _Scratch(z_prev_BTZ)
+            try:
+                self._run_network(attention, args, kwargs)
+                return attend(*args, **kwargs), self._scratch.zu
+            finally:
+                self._scratch = outer
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self._scratch is not None, "a tuned layer's attention ran outside its wrapper"
+            out, self._scratch.zu = _recomputed(region)(self._scratch.z_prev, *args, **kwargs)
+            return out
+
+        attention.forward = forward
 
 
 class _AddPart:
@@ -113,8 +137,32 @@ def tune_layers(llm: nn.Module, *, first_layer: int, projections: str, make_netw
     return wrappers
 
 
-def enable_checkpointing(llm: PreTrainedModel) -> None:
-    """Activation checkpointing for the whole LM: each tuned layer with its sparse network, each other layer alone."""
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its activations recomputed in the backward pass, where there will be one."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def enable_checkpointing(llm: PreTrainedModel, part: str = "full") -> None:
+    """Activation checkpointing for the whole LM.
+
+    part: "full", each layer (a tuned one with its sparse network); "attention", each layer's attention (with the sparse
+    network) alone: less is computed twice, the MLP's activations are kept. Raises ValueError for another.
+    """
+    if part not in CHECKPOINTED:
+        raise ValueError(f"gradient_checkpointing must be one of {CHECKPOINTED}, not {part!r}")
+    if part == "attention":
+        for layer in llm.model.layers:
+            if isinstance(layer, TunedLayer):
+                layer.recompute_attention()
+            else:
+                layer.self_attn.forward = _recomputed(layer.self_attn.forward)
+        return
     llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in llm.modules():
         if isinstance(module, TunedLayer):

@@ -7,7 +7,8 @@ Shape suffixes: N labelled tokens, V vocabulary, M masks, S mask side, G picture
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +21,8 @@ class Norms:
     tokens: float
     masks: float
     pictures: float
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The same of each task's own decoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

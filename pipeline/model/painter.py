@@ -6,7 +6,7 @@ Letters in shapes: G pictures, E embedding width, S picture side.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +65,24 @@ class Painter:
         return cls(*models, embed, embed_dim, sampling)
 
     @torch.no_grad()
-    def paint(self, embedding_GE: Tensor, seed: int) -> list[bytes]:
-        """PNG bytes of one picture per embedding; the same embeddings and seed give the same pictures."""
-        options, count = self.sampling, self.sampling.candidates
+    def paint(
+        self, embedding_GE: Tensor, seed: int, sampling: Sampling | None = None, keys: Sequence[int] | None = None
+    ) -> list[bytes]:
+        """PNG bytes of one picture per embedding.
+
+        A picture depends on its embedding, the seed and its key alone, not on the others of the call; the keys are the
+        rows' numbers unless given. sampling: another than the painter's own, for this call.
+        """
+        options = sampling or self.sampling
+        count = options.candidates
         wanted_NE = embedding_GE.repeat_interleave(count, dim=0)
         codes = self.prior.sample(
-            wanted_NE, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=seed
+            wanted_NE,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=seed,
+            keys=[(key, candidate) for key in keys or range(len(embedding_GE)) for candidate in range(count)],
         )
         pixels = ((self.vqgan.pictures(codes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         drawn = [_png(picture) for picture in pixels]

@@ -10,15 +10,25 @@ Letters in shapes: B batch, E embedding width, K condition slots, N codes per pi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.model.vqgan import load_weights, read_config
 
@@ -36,6 +46,22 @@ class PriorConfig:
     dropout: float = 0.1
     condition_slots: int = 1
     """Each slot is a linear image of the whole embedding; with several, places in the picture can ask each its own."""
+    head_bias: bool = False
+    """Whether the output head has a bias, as CLIP-GEN's has."""
+
+
+class _DrawByRow(LogitsProcessor):
+    """Makes the likeliest token a draw from the softmax, with noise of each row's own generator (Gumbel-max).
+
+    generate's own draw takes one generator for the whole batch, so that a picture would depend on its neighbours.
+    """
+
+    def __init__(self, seeds: Sequence[Sequence[int]]) -> None:
+        self.generators = [np.random.default_rng(list(seed)) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise_BV = np.stack([generator.gumbel(size=scores.shape[-1]) for generator in self.generators])
+        return scores.float() + torch.from_numpy(noise_BV).to(scores.device, torch.float32)
 
 
 class ImagePrior(nn.Module):
@@ -62,6 +88,8 @@ class ImagePrior(nn.Module):
                 tie_word_embeddings=False,
             )
         )
+        if config.head_bias:
+            self.transformer.lm_head = nn.Linear(config.width, config.n_codes)
 
     def start(self, embedding_BE: Tensor) -> Tensor:
         """What the condition's slots hold, [B, K, D]."""
@@ -80,7 +108,14 @@ class ImagePrior(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, embedding_BE: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+        self,
+        embedding_BE: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        keys: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Codes [B, N] drawn with a KV cache.
 
@@ -88,25 +123,26 @@ class ImagePrior(nn.Module):
             temperature: divides the logits; 0 takes the likeliest code each time.
             top_k: keep the k likeliest codes (0: all). CLIP-GEN uses 500.
             top_p: keep the likeliest codes whose mass reaches p. CLIP-GEN uses .95.
-            seed: the draw's seed; the same seed and batch give the same codes.
+            seed, keys: of the draw. A row's codes depend on its embedding, the seed and its key (some integers; its
+                number unless given), not on the other rows.
         """
         start_BKD = self.start(embedding_BE)
-        drawn = (
-            {"do_sample": False}
-            if temperature == 0
-            else {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        )
+        steps = LogitsProcessorList()
+        if temperature > 0:
+            steps.append(TemperatureLogitsWarper(float(temperature)))
+            steps += [TopKLogitsWarper(top_k)] if top_k else []
+            steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+            steps.append(_DrawByRow([(seed, *key) for key in keys or [(row,) for row in range(len(embedding_BE))]]))
         n = self.config.n_tokens
-        with torch.random.fork_rng(devices=[start_BKD.device] if start_BKD.is_cuda else []):
-            torch.manual_seed(seed)
-            codes = self.transformer.generate(
-                inputs_embeds=start_BKD,
-                attention_mask=torch.ones_like(start_BKD[..., 0], dtype=torch.long),
-                max_new_tokens=n,
-                min_new_tokens=n,
-                use_cache=True,
-                **drawn,
-            )
+        codes = self.transformer.generate(
+            inputs_embeds=start_BKD,
+            attention_mask=torch.ones_like(start_BKD[..., 0], dtype=torch.long),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            use_cache=True,
+            do_sample=False,
+            logits_processor=steps,
+        )
         assert isinstance(codes, Tensor)
         return codes
 

@@ -8,6 +8,7 @@ Shape suffixes: B batch, N patches, C width, E embedding width; S picture side.
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import VisionFeatures
+from pipeline.model.weight_files import check_whole
 
 _OPENAI_FILE = re.compile(r"openai|^(ViT-[BL]-(32|16|14)(-336px)?|RN\d+(x\d+)?)\.pt$", re.IGNORECASE)
 
@@ -66,19 +68,7 @@ class VisionTower(nn.Module):
         Nothing is downloaded. Raises ValueError when weights are missing, or come from OpenAI for a model without
         QuickGELU: open_clip warns of that only for its own tags, never for a local file.
         """
-        if model.startswith("local-dir:"):
-            source = Path(model.removeprefix("local-dir:"))
-            if weights:
-                raise ValueError(f"{model} brings its own weights: leave clip_weights ({weights}) empty")
-            if not (source / "open_clip_config.json").is_file():
-                raise ValueError(f"no open_clip_config.json in {source}: clip must name a folder saved for open_clip")
-        elif model.startswith("hf-hub:"):
-            raise ValueError(f"{model}: fetch the model yourself and name its folder as local-dir:PATH")
-        else:
-            if not weights or not Path(weights).is_file():
-                raise ValueError(f"clip {model} needs clip_weights, a file with its weights (got {weights!r})")
-            source = Path(weights)
-            _refuse_torchscript(source)
+        source = find_local(model, weights)
         try:
             clip = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
         except (RuntimeError, FileNotFoundError, AssertionError) as error:
@@ -89,6 +79,22 @@ class VisionTower(nn.Module):
                 "take the -quickgelu variant of the model (or set quick_gelu in open_clip_config.json)"
             )
         return cls(clip, open_clip.get_tokenizer(model), taps)
+
+    @classmethod
+    def skeleton(cls, model: str, *, taps: Sequence[int] | None = None) -> VisionTower:
+        """The tower without weights, on the meta device, to be counted; it knows shapes and cannot read texts."""
+        root = logging.getLogger()
+        level = root.level
+        # open_clip warns of random weights, of which there are none here either.
+        root.setLevel(logging.ERROR)
+        try:
+            with torch.device("meta"):
+                clip = open_clip.create_model(model, device="meta", load_weights=False)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise ValueError(f"--clip {model}: give an open_clip model name or local-dir:FOLDER ({error})") from error
+        finally:
+            root.setLevel(level)
+        return cls(clip, _no_texts, taps)
 
     def train(self, mode: bool = True) -> VisionTower:
         """Stays in eval mode: the tower is frozen."""
@@ -115,9 +121,38 @@ class VisionTower(nn.Module):
         return self.model.encode_text(self.tokenizer(texts).to(device))
 
 
+def find_local(model: str, weights: str | None = None) -> Path:
+    """Where `VisionTower.from_local` would load from: a folder or a file. Reads no weights.
+
+    Raises ValueError naming what is missing, cut off, or cannot be loaded.
+    """
+    if model.startswith("local-dir:"):
+        source = Path(model.removeprefix("local-dir:"))
+        if weights:
+            raise ValueError(f"{model} brings its own weights: leave clip_weights ({weights}) empty")
+        if not (source / "open_clip_config.json").is_file():
+            raise ValueError(f"no open_clip_config.json in {source}: clip must name a folder saved for open_clip")
+        check_whole(source.glob("*.safetensors"))
+        return source
+    if model.startswith("hf-hub:"):
+        raise ValueError(f"{model}: fetch the model yourself and name its folder as local-dir:PATH")
+    if model.replace("/", "-") not in open_clip.list_models():
+        raise ValueError(f"clip {model} is no model that open_clip knows, nor local-dir:FOLDER")
+    if not weights or not Path(weights).is_file():
+        raise ValueError(f"clip {model} needs clip_weights, a file with its weights (got {weights!r})")
+    source = Path(weights)
+    _refuse_torchscript(source)
+    check_whole([source] if source.suffix == ".safetensors" else [])
+    return source
+
+
 def new_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """A CLIP with random weights to be trained: open_clip's class, from the `model_cfg` of an open_clip_config.json."""
     return open_clip.CLIP(**model_cfg)
+
+
+def _no_texts(texts: list[str]) -> Tensor:
+    raise AssertionError("a CLIP without weights reads no texts")
 
 
 def _has_quick_gelu(clip: Any) -> bool:

@@ -21,9 +21,10 @@ from transformers import HfArgumentParser
 Preset = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is a command line flag, with its help text (unit included)."""
-    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
+def flag(default: Any, help: str, alias: str = "") -> Any:
+    """A dataclass field that is a command line flag, with its help text (unit included) and a second name if wanted."""
+    aliases = {"aliases": [alias]} if alias else {}
+    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%"), **aliases})
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
@@ -115,7 +117,8 @@ def resolve(
     """`raw` with every "auto" filled; what is run, recorded and sent to MLflow.
 
     hidden_size: of the LLM, for ZeRO-3's bucket sizes (as Hugging Face derives them); None leaves DeepSpeed's defaults.
-    on_cpu: ranks compute on the CPU; offload sections are then dropped, as everything is in CPU memory already.
+    on_cpu: ranks compute on the CPU; dropped are then the offload sections, as everything is in CPU memory already, and
+    quantised gathering, which DeepSpeed has for CUDA only.
     Raises ValueError listing every value of the file that contradicts a flag, with both values.
     """
     config = copy.deepcopy(dict(raw))
@@ -153,8 +156,14 @@ def resolve(
             else:
                 zero[key] = value
     if on_cpu:
-        for key in ("offload_optimizer", "offload_param"):
+        for key in ("offload_optimizer", "offload_param", *_CUDA_ONLY):
             zero.pop(key, None)
+    group = zero.get("zero_hpz_partition_size", 1)
+    if plan.world_size % min(group, plan.world_size):
+        raise ValueError(
+            f"zero_hpz_partition_size is {group} in the DeepSpeed file, but there are {plan.world_size} ranks: give "
+            "the number of GPUs per node"
+        )
     if clashes:
         raise ValueError(
             "the DeepSpeed file and the command line contradict each other:\n  "

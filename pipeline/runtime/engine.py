@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -44,11 +45,12 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pipeline.runtime.ds_config import OptimizerSettings, offloads
+from pipeline.runtime.elastic import MOMENTS
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.watchdog import watch_launcher
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state per element."""
+_OURS = ("optimizer", "scheduler")
+"""Sections of the file that DeepSpeed is not given, as this module makes both."""
 
 
 def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:
@@ -106,6 +108,42 @@ def close() -> None:
         torch.distributed.destroy_process_group()
 
 
+class _Watched(dict[str, Any]):
+    """A dict that remembers which of its keys were asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[Any] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed would refuse in a resolved configuration, and the keys that it would pass over in silence.
+
+    Its sections (zero_optimization, bf16, ...) refuse unknown keys; at the top level it never looks at them, and there
+    is no list of those it knows: what it did not ask for while it read this configuration is unknown to it.
+    """
+    own = _Watched({key: value for key, value in config.items() if key not in _OURS})
+    try:
+        # It works on a shallow copy, which shares `asked`.
+        DeepSpeedConfig(own)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+        return [" ".join(lines)]
+    return [f"DeepSpeed knows no key `{key}`" for key in sorted(set(own) - own.asked)]
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process with `status`: exit handlers run and output is flushed, but the interpreter is not torn down.
 
@@ -152,7 +190,7 @@ class Engine:
         kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads(config) else torch.optim.AdamW
         adam = kind(used, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(adam, optimizer.rate)
-        own = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
+        own = {key: value for key, value in config.items() if key not in _OURS}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(

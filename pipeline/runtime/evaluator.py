@@ -1,4 +1,4 @@
-"""Scoring of a tuned model: predictions for every sample and task, then the figures of a report.
+"""Answers of a tuned model to every prompt of a split, gathered from all ranks, and what scoring needs beside them.
 
 One condition is one pass over a split. "tuned" and "untuned" differ in the weights only. "shuffled" shows the tuned
 model each question beside another sample's picture, and pairs each text with the picture made from another sample's
@@ -8,13 +8,14 @@ text: what is left of a score then never came from the input.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+import io
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from pipeline.data import rle
@@ -23,35 +24,16 @@ from pipeline.data.collate import Collator
 from pipeline.data.loader import EvalLoader, SampleSource
 from pipeline.data.schema import Sample
 from pipeline.data.tokens import TokenMap
-from pipeline.model.generation import Generation
+from pipeline.model.generation import Generation, full_size
 from pipeline.model.painter import Painter
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
-from pipeline.scoring.captions import score_captions
-from pipeline.scoring.masks import score_masks
-from pipeline.scoring.objects import caption_object_f1, right_object_accuracy
-from pipeline.scoring.pictures import embed_pictures, score_pictures
+from pipeline.runtime.ranks import Ranks
+from pipeline.scoring.distributions import Inception
+from pipeline.scoring.pictures import embed_pictures
+from pipeline.scoring.predictions import PictureFeatures, Prediction
 
 PROTOCOLS = ("free-running", "teacher-forced")
-GROUP = 50
-"""Texts among which a picture has to find its own."""
-Parse = Callable[[str], Iterable[Hashable]]
-
-
-@dataclass(kw_only=True)
-class Prediction:
-    """What the model answered to one prompt, beside what it should have.
-
-    masks: full-resolution COCO RLE by token number (the i-th is that of <OBJ-i>), None where the answer lacks the
-    number. picture: PNG bytes of the picture made for <GEN>, None without. reference: see `PromptBatch.references`.
-    """
-
-    key: str
-    task: str
-    text: str
-    masks: list[dict[str, Any] | None]
-    reference: dict[str, Any]
-    picture: bytes | None = None
 
 
 class OtherPictures:
@@ -74,14 +56,40 @@ class OtherPictures:
         return dataclasses.replace(self.dataset[i], image=other.image, image_format=other.image_format, clip=other.clip)
 
 
+class EachPhrase:
+    """A split as RefCOCO's family is scored: one sample for each phrase of each object, with that object alone."""
+
+    def __init__(self, dataset: SampleSource) -> None:
+        self.dataset = dataset
+        self.places = [
+            (i, o, p)
+            for i in range(len(dataset))
+            for o, each in enumerate(dataset[i].objects)
+            for p in range(len(each.phrases))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, i: int) -> str:
+        sample, o, p = self.places[i]
+        return f"{self.dataset.key(sample)}-{o}-{p}"
+
+    def __getitem__(self, i: int) -> Sample:
+        place, o, p = self.places[i]
+        sample = self.dataset[place]
+        one = dataclasses.replace(sample.objects[o], phrases=(sample.objects[o].phrases[p],))
+        return dataclasses.replace(sample, key=self.key(i), objects=(one,), question="", answer="")
+
+
 class Evaluator:
-    """Answers every prompt of a split and scores the answers.
+    """Answers every prompt of a split. Each rank answers its share; all of them get all answers.
 
     Args:
         painter: makes pictures from CLIP embeddings; None leaves pictures out.
-        full_name, colour_shape: read object names in a text (the mini world's grammar); None where a data set has no
-            closed vocabulary, and the figures that need them are None then.
+        inception: for FID, KID and IS; None leaves them out.
         limit: only the split's first so many samples; 0 for all.
+        seed: of the pictures' draw; each picture's draw depends on it and on the sample alone.
     """
 
     def __init__(
@@ -94,65 +102,91 @@ class Evaluator:
         dataset: SampleSource,
         painter: Painter | None,
         tasks: Sequence[str],
-        device: torch.device,
+        ranks: Ranks,
         batch_size: int,
         max_new_tokens: int,
-        protocol: str = "free-running",
+        inception: Inception | None = None,
         limit: int = 0,
         num_workers: int = 0,
         seed: int = 0,
-        full_name: Parse | None = None,
-        colour_shape: Parse | None = None,
     ) -> None:
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
         self.tuner, self.vision, self.token_map, self.collator = tuner, vision, token_map, collator
-        self.dataset, self.painter, self.tasks, self.device = dataset, painter, tuple(tasks), device
-        self.batch_size, self.max_new_tokens, self.protocol = batch_size, max_new_tokens, protocol
+        self.dataset, self.painter, self.inception, self.tasks = dataset, painter, inception, tuple(tasks)
+        self.ranks, self.batch_size, self.max_new_tokens = ranks, batch_size, max_new_tokens
         self.limit, self.num_workers, self.seed = limit, num_workers, seed
-        self.full_name, self.colour_shape = full_name, colour_shape
         self.skipped: list[str] = []
+        self.seconds_per_pair: dict[str, float] = {}
         self._drawn: list[Prediction] = []
-        self.counts: dict[str, int] = {}
 
-    def predict(self, condition: str) -> list[Prediction]:
-        """Answers of one condition ("tuned", "untuned" or "shuffled"), task by task in the split's order.
+    def predict(self, condition: str, protocol: str = "free-running") -> list[Prediction]:
+        """Answers of one condition ("tuned", "untuned", "shuffled" or "teacher_forced"), by task and the split's order.
 
         Picture generation has no picture in its prompt, so the shuffled condition takes over what "tuned" has drawn.
+        Raises ValueError for an unknown protocol.
         """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
         shuffled = condition == "shuffled"
         known = self._drawn if shuffled else []
         tasks = [task for task in self.tasks if not (known and task == "generation")]
-        if not tasks:
-            return known
+        found, skipped, seconds = self._predict_share(condition, protocol, tasks) if tasks else ([], [], {})
+        everyone = self.ranks.gather((found, skipped, seconds))
+        self.skipped += [text for _, some, _ in everyone for text in some]
+        place = {task: i for i, task in enumerate(self.tasks)}
+        predictions = sorted(
+            (p for some, _, _ in everyone for p in some), key=lambda p: (place[p.task], p.reference["index"])
+        )
+        counts = Counter(p.task for p in predictions)
+        total = {task: sum(spent.get(task, 0.0) for _, _, spent in everyone) for task in counts}
+        self.seconds_per_pair = {task: total[task] / n for task, n in counts.items()}
+        if condition == "tuned":
+            self._drawn = [p for p in predictions if p.task == "generation"]
+        return predictions + known
+
+    def _predict_share(
+        self, condition: str, protocol: str, tasks: Sequence[str]
+    ) -> tuple[list[Prediction], list[str], dict[str, float]]:
+        """This rank's answers, the samples it could not read, and the seconds it took for each task."""
         loader = EvalLoader(
-            OtherPictures(self.dataset) if shuffled else self.dataset,
+            OtherPictures(self.dataset) if condition == "shuffled" else self.dataset,
             self.collator,
             tasks=tasks,
+            rank=self.ranks.rank,
+            world=self.ranks.world_size,
             batch_size=self.batch_size,
             limit=self.limit,
             num_workers=self.num_workers,
         )
         found: list[Prediction] = []
-        with tqdm(total=len(loader), desc=f"evaluating ({condition})", unit="batch", mininterval=1) as bar:
+        skipped: list[str] = []
+        seconds = dict.fromkeys(tasks, 0.0)
+        with tqdm(
+            total=len(loader),
+            desc=f"evaluating ({condition})",
+            unit="batch",
+            mininterval=1,
+            disable=not self.ranks.is_main,
+        ) as bar:
             for prompts in loader:
-                self.skipped += prompts.skipped
+                skipped += prompts.skipped
                 if prompts.keys:
-                    found += self._answer(prompts.to(self.device))
+                    start = time.perf_counter()
+                    # The answers' text, masks and pictures are on the CPU by then: the device has finished.
+                    found += self._answer(prompts.to(self.ranks.device), protocol)
+                    seconds[prompts.tasks[0]] += time.perf_counter() - start
                 bar.update()
-        if condition == "tuned":
-            self._drawn = [p for p in found if p.task == "generation"]
-        return found + known
+        return found, skipped, seconds
 
-    def _answer(self, prompts: PromptBatch) -> list[Prediction]:
+    def _answer(self, prompts: PromptBatch, protocol: str) -> list[Prediction]:
         features = self.vision(prompts.pixel_values)
-        generations = self._generate(prompts, features)
+        generations = self._generate(prompts, features, protocol)
         predictions = [
             Prediction(
                 key=key,
                 task=task,
                 text=self.token_map.decode(generation.ids),
                 masks=full_masks(generation, reference["size"]),
+                values=_by_number(generation),
                 reference=reference,
             )
             for key, task, reference, generation in zip(
@@ -166,79 +200,64 @@ class Evaluator:
                 if g.embedding is not None and task == "generation"
             }
             if drawn:
-                seed = self.seed + prompts.references[next(iter(drawn))]["index"]
-                pictures = self.painter.paint(torch.stack(list(drawn.values())), seed)
+                keys = [prompts.references[i]["index"] for i in drawn]
+                pictures = self.painter.paint(torch.stack(list(drawn.values())), self.seed, keys=keys)
                 for i, picture in zip(drawn, pictures, strict=True):
                     predictions[i].picture = picture
         return predictions
 
-    def _generate(self, prompts: PromptBatch, features: VisionFeatures) -> list[Generation]:
-        if self.protocol == "teacher-forced":
+    def _generate(self, prompts: PromptBatch, features: VisionFeatures, protocol: str) -> list[Generation]:
+        if protocol == "teacher-forced":
             return self.tuner.teacher_forced(prompts, features)
         return self.tuner.generate(
             prompts, features, max_new_tokens=self.max_new_tokens, eos_token_id=self.token_map.eos_id
         )
 
-    def score(self, predictions: Sequence[Prediction], condition: str) -> dict[str, float | None]:
-        """The report's figures of one condition; None where a figure cannot be had."""
-        by_task = {task: [p for p in predictions if p.task == task] for task in self.tasks}
-        self.counts = {task: len(some) for task, some in by_task.items()}
-        figures: dict[str, float | None] = {}
-        for task, matching in (("referring", "hungarian"), ("reasoning", "hungarian")):
-            some = by_task.get(task, [])
-            scores = score_masks([p.masks for p in some], [p.reference["masks"] for p in some], matching=matching)
-            figures[f"{task}_miou"], figures[f"{task}_oiou"] = scores["miou"], scores["oiou"]
-            figures[f"{task}_object_accuracy"] = None
-            if self.full_name is not None and some:
-                gold = [p.reference["names"] for p in some]
-                named = [list(self.full_name(" ".join(names))) for names in gold]
-                accuracy = right_object_accuracy([p.text for p in some], named, self.full_name)
-                figures[f"{task}_object_accuracy"] = accuracy["accuracy"]
-        figures |= self._caption_figures(by_task.get("caption", []))
-        figures |= self._picture_figures(by_task.get("generation", []), condition)
-        return figures
-
-    def _caption_figures(self, some: list[Prediction]) -> dict[str, float | None]:
-        figures: dict[str, float | None] = {"caption_bleu4": None, "caption_cider": None, "caption_object_f1": None}
-        if some:
-            scores = score_captions({p.key: [p.reference["caption"]] for p in some}, {p.key: p.text for p in some})
-            figures["caption_bleu4"], figures["caption_cider"] = scores["bleu4"], scores["cider"]
-            if self.colour_shape is not None:
-                gold = [list(self.colour_shape(p.reference["caption"])) for p in some]
-                figures["caption_object_f1"] = caption_object_f1([p.text for p in some], gold, self.colour_shape)["f1"]
-        return figures
-
-    def _picture_figures(self, some: list[Prediction], condition: str) -> dict[str, float | None]:
-        """R@1 and cosine by the run's own CLIP; a text whose answer holds no <GEN> has a grey picture."""
-        figures: dict[str, float | None] = {f"picture_text_r1_of_{GROUP}": None, "picture_clip_cosine": None}
+    def picture_features(self, predictions: Sequence[Prediction]) -> PictureFeatures | None:
+        """Features of the drawn and the true pictures, in fixed batches and the split's order; None without a painter
+        or without picture generation. An answer without <GEN> has a grey picture."""
+        some = [p for p in predictions if p.task == "generation"]
         if not some or self.painter is None:
-            return figures
-        shown = embed_pictures(self.vision, [p.picture for p in some])
-        texts = torch.cat(
-            [self.vision.encode_text([p.reference["caption"] for p in part]).cpu() for part in _chunks(some, 100)]
+            return None
+        texts = [self.vision.encode_text([p.reference["caption"] for p in part]) for part in _chunks(some, 100)]
+        true = [self.dataset[p.reference["index"]].image for p in some]
+        features = PictureFeatures(
+            clip_pictures=embed_pictures(self.vision, [p.picture for p in some]).numpy(),
+            clip_texts=torch.cat(texts).float().cpu().numpy(),
+            clip_true=embed_pictures(self.vision, true).numpy(),
         )
-        if condition == "shuffled":
-            shown = shown.roll(len(some) // 2, dims=0)
-        scores = score_pictures(shown, texts, group=GROUP, seed=self.seed)
-        figures[f"picture_text_r1_of_{GROUP}"] = scores["text_r1"]
-        figures["picture_clip_cosine"] = scores["clip_cosine"]
-        return figures
+        if self.inception is not None:
+            features.pool, features.logits = self.inception([p.picture or _grey() for p in some])
+            features.pool_true, _ = self.inception(true)
+        return features
 
 
 def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, Any] | None]:
-    """The answer's masks at the picture's own resolution (height, width), by token number; None for a missing number.
-
-    Logits are enlarged bilinearly; a pixel belongs to the mask where the logit is above 0.
-    """
+    """The answer's masks at the picture's own (height, width), by token number; None for a missing number."""
     if generation.mask_logits is None:
         return []
-    large = F.interpolate(generation.mask_logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
     masks: list[dict[str, Any] | None] = [None] * max(generation.object_numbers)
-    for number, mask in zip(generation.object_numbers, large.cpu().numpy().astype(np.uint8), strict=True):
-        masks[number - 1] = rle.encode(mask)
+    for number, mask in zip(generation.object_numbers, full_size(generation.mask_logits, size), strict=True):
+        masks[number - 1] = rle.encode(mask.cpu().numpy())
     return masks
+
+
+def _by_number(generation: Generation) -> list[list[float] | None]:
+    """The task's own values of each <OBJ-i>, by token number; None for a missing number."""
+    if generation.values is None:
+        return []
+    values: list[list[float] | None] = [None] * max(generation.object_numbers)
+    for number, row in zip(generation.object_numbers, generation.values.tolist(), strict=True):
+        values[number - 1] = row
+    return values
 
 
 def _chunks(rows: Sequence[Any], size: int) -> Iterable[list[Any]]:
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])
+
+
+def _grey() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -82,7 +82,7 @@ def out_of_memory(
     *,
     micro_batch: int,
     accumulation: int,
-    checkpointing: bool,
+    checkpointing: str,
     stage: int,
     offload: bool,
     max_length: int,
@@ -92,8 +92,8 @@ def out_of_memory(
     if micro_batch > 1:
         half = next(n for n in range(micro_batch // 2, 0, -1) if micro_batch % n == 0)
         remedies.append(f"--micro_batch {half} (the global batch stays: more passes make up for it)")
-    if not checkpointing:
-        remedies.append("--gradient_checkpointing True")
+    if checkpointing != "full":
+        remedies.append("--gradient_checkpointing full")
     if stage < 3:
         remedies.append("--deepspeed ds_configs/z3.json (the base model is spread over the ranks)")
     if not offload:

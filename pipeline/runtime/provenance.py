@@ -58,6 +58,16 @@ def git_state(root: str | Path) -> dict[str, Any]:
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
+def git_diff(root: str | Path) -> str:
+    """What tracked files of a checkout have beyond its commit, by `git diff HEAD`; "" for nothing or no git."""
+    words = ["git", "-C", str(root), "diff", "--no-ext-diff", "--no-color", "HEAD"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
 def run_record(
     config: Mapping[str, Any], *, deepspeed: Mapping[str, Any] | None = None, world_size: int = 1, **facts: Any
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from a SLURM step (srun with one task per rank), or there is one process alone.
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import socket
@@ -72,6 +73,21 @@ class Ranks:
         failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.gather(text)) if said]
         if failures:
             raise RuntimeError("; ".join(failures)) from (error if isinstance(error, BaseException) else None)
+
+
+def join(ranks: Ranks, *, timeout_minutes: float = 120.0) -> None:
+    """Starts a process group for what needs no DeepSpeed (scoring); a world of one needs none."""
+    if ranks.world_size > 1:
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def part() -> None:
+    """Ends the process group that `join` started, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def tell_failure(text: str) -> None:

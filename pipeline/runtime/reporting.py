@@ -1,11 +1,9 @@
-"""What an evaluation leaves behind: predictions, pictures, the contact sheet's cards."""
+"""The contact sheet's cards of an evaluation."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,9 +11,9 @@ from PIL import Image
 from pipeline.data import rle
 from pipeline.data.images import load
 from pipeline.data.loader import SampleSource
-from pipeline.runtime.evaluator import Prediction
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section
 from pipeline.scoring.masks import score_masks
+from pipeline.scoring.predictions import Prediction
 
 HEADINGS = {
     "reasoning": ("Reasoning segmentation", "a question about the picture; the answer names and marks its objects"),
@@ -23,21 +21,6 @@ HEADINGS = {
     "caption": ("Captioning", "the model's caption, the true one in grey"),
     "generation": ("Text-to-image", "the picture drawn for the text, and the one that the text describes"),
 }
-
-
-def save_predictions(predictions: Sequence[Prediction], folder: Path, condition: str) -> None:
-    """Writes `predictions/<condition>.jsonl`, one line per answer with its masks as COCO RLE, and the drawn PNGs."""
-    target = folder / "predictions"
-    pictures = target / condition
-    pictures.mkdir(parents=True, exist_ok=True)
-    with (target / f"{condition}.jsonl").open("w", encoding="utf-8") as lines:
-        for p in predictions:
-            line = {"key": p.key, "task": p.task, "question": p.reference["question"], "text": p.text, "masks": p.masks}
-            line["reference"] = {k: p.reference[k] for k in ("answer", "caption", "masks", "names", "size")}
-            if p.picture is not None:
-                (pictures / f"{p.key}.png").write_bytes(p.picture)
-                line["picture"] = f"{condition}/{p.key}.png"
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def contact_sections(predictions: Sequence[Prediction], dataset: SampleSource, per_task: int = 10) -> list[Section]:

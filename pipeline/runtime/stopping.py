@@ -30,14 +30,26 @@ class StopFlag:
         self.name = signal.Signals(number).name
 
 
+_watched: StopFlag | None = None
+
+
 @contextlib.contextmanager
 def watching() -> Iterator[StopFlag]:
-    """Within this context SIGTERM and SIGUSR2 set the flag and do nothing else. Main thread only."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag.set) for number in SIGNALS}
+    """Within this context SIGTERM and SIGUSR2 set the flag and do nothing else. Main thread only.
+
+    Contexts may be nested and share the outermost one's flag: a script watches from its first second, so that a signal
+    while models load stops the training after its first step instead of ending the process without a word.
+    """
+    global _watched
+    if _watched is not None:
+        yield _watched
+        return
+    _watched = StopFlag()
+    before = {number: signal.signal(number, _watched.set) for number in SIGNALS}
     try:
-        yield flag
+        yield _watched
     finally:
+        _watched = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

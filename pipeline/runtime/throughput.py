@@ -8,23 +8,15 @@ import time
 
 import torch
 
-# Dense bf16 matrix FLOP/s of one GPU, from NVIDIA's data sheets (without sparsity). The first name that the device's
-# name contains counts.
-_PEAKS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("4090", 165.2e12),
-)
+from pipeline.planning.gpus import of_device
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device, or None if it is no GPU or not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    gpu = of_device(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def memory_gib(device: torch.device) -> float:
@@ -46,13 +38,14 @@ class Meter:
     def restart(self) -> None:
         """Starts a new interval, so that a save or a validation does not count as training time."""
         self._since = time.perf_counter()
-        self._steps = self._samples = self._tokens = 0.0
+        self._steps = self._samples = self._tokens = self._slots = 0.0
 
-    def add(self, *, samples: float, tokens: float) -> None:
-        """Counts one step of all ranks."""
+    def add(self, *, samples: float, tokens: float, slots: float) -> None:
+        """Counts one step of all ranks: tokens of samples, and slots, the tokens with padding."""
         self._steps += 1
         self._samples += samples
         self._tokens += tokens
+        self._slots += slots
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading."""
@@ -61,6 +54,7 @@ class Meter:
             "speed/samples_per_second": self._samples / seconds,
             "speed/tokens_per_second": self._tokens / seconds,
             "speed/seconds_per_step": seconds / max(self._steps, 1.0),
+            "padding_share": 1.0 - self._tokens / self._slots if self._slots else 0.0,
             "memory_gib": memory_gib(self._device),
         }
         if self._peak and self._flops:

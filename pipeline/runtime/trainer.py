@@ -7,7 +7,6 @@ objective is the same on any number of ranks.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.watchdog import Watchdog
 
 # The count that each sum of the model's forward is divided by; "dice/referring" goes with "masks/referring".
-_COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures"}
+_COUNT_OF = {"ce": "tokens", "dice": "masks", "bce": "masks", "mse": "pictures", "value": "values"}
 
 
 class Trainer:
@@ -82,6 +81,7 @@ class Trainer:
         self._counts: Counter[str] = Counter()
         self._saver = Saver(engine, output_dir, keep=keep)
         self._bad = BadSteps(self.ranks, output_dir, limit=max_bad_steps, state=bad_steps)
+        self._norms: list[float] = []
         self._saved = first_step if first_step else -1
 
     def train(self) -> str:
@@ -137,10 +137,16 @@ class Trainer:
         set_step = getattr(self.engine.module, "set_step", None)
         if set_step is not None:
             set_step(step)
+        watch_units = getattr(self.engine.module, "watch_units", None)
+        if watch_units is not None:
+            watch_units(self._is_logged(step + 1))
         counts = self._count(batches, stop)
         scale = 1.0 / (self.ranks.world_size * len(batches))
         norms = Norms(
-            tokens=counts["tokens"] * scale, masks=counts["masks"] * scale, pictures=counts["pictures"] * scale
+            tokens=counts["tokens"] * scale,
+            masks=counts["masks"] * scale,
+            pictures=counts["pictures"] * scale,
+            values={task: counts[f"values/{task}"] * scale for task in batches[0].counts().values},
         )
         losses: list[Tensor] = []
         parts: Counter[str] = Counter()
@@ -158,9 +164,10 @@ class Trainer:
         if self.engine.step():
             self._bad.good()
             self._sums.update(sums)
+            self._norms.append(self.engine.grad_norm)
         else:
             self._bad.bad(step, batches, own)
-        self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"])
+        self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
     def _count(self, batches: list[Batch], stop: bool) -> dict[str, float]:
@@ -172,10 +179,13 @@ class Trainer:
             "pictures": sum(count.pictures for count in per_batch),
             "rows": sum(len(batch.keys) for batch in batches),
             "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
+            "slots": sum(batch.input_ids.numel() for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
             "unsaved": float(self._saver.failed),
         }
+        # Each batch names the same tasks, so every rank brings as many sums.
+        local |= {f"values/{task}": sum(count.values[task] for count in per_batch) for task in per_batch[0].values}
         total = dict(zip(local, self.ranks.sum([float(value) for value in local.values()]), strict=True))
         self._counts.update({name: total[name] for name in ("rows", "skipped")})
         if total["unsaved"]:
@@ -206,10 +216,13 @@ class Trainer:
         total, *global_sums = self.ranks.sum([sum(own) * scale, *sums])
         return own, {**dict(zip(names, global_sums, strict=True)), "loss": total, "steps": 1}
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.logging_steps == 0 or step == self.last_step
+
     def _after_step(self, step: int, bar: tqdm) -> None:
         """What is due once `step` steps are trained: metrics, validation, checkpoint."""
         self._log_saved()
-        if step % self.logging_steps == 0 or step == self.last_step:
+        if self._is_logged(step):
             metrics = self._metrics()
             shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in metrics.items() if _shown(name)}
             bar.set_postfix(shown, refresh=False)
@@ -238,8 +251,12 @@ class Trainer:
         rates = self.engine.learning_rates
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
         metrics["lr"] = max(rates.values())
-        if math.isfinite(self.engine.grad_norm):
-            metrics["grad_norm"] = self.engine.grad_norm
+        # Of the steps that moved the weights.
+        if self._norms:
+            metrics["grad_norm"], metrics["grad_norm_max"] = self._norms[-1], max(self._norms)
+        self._norms.clear()
+        unit_rates = getattr(self.engine.module, "unit_rates", None)
+        metrics |= unit_rates() if unit_rates is not None else {}
         metrics["samples_left_out"] = self._counts["skipped"]
         metrics["steps_skipped"] = self._bad.total
         metrics |= self._meter.read()

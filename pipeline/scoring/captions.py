@@ -14,6 +14,7 @@ Without `java` METEOR is None and stands in "missing", and captions are split by
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,13 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline.scoring.bootstrap import Bootstrap, Interval
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -80,8 +85,13 @@ def tokenize_simple(captions: Sequence[str]) -> list[str]:
     return [" ".join(t for t in SIMPLE_TOKEN.findall(c.lower()) if any(s.isalnum() for s in t)) for c in captions]
 
 
-def _meteor(references: dict[Any, list[str]], candidates: dict[Any, list[str]], timeout: float) -> float:
-    """METEOR 1.5 of tokenised captions.
+def _meteor(
+    references: dict[Any, list[str]], candidates: dict[Any, list[str]], timeout: float, bootstrap: Bootstrap
+) -> tuple[float, Interval | None]:
+    """METEOR 1.5 of tokenised captions, and its interval.
+
+    METEOR is a function of counts that add up over captions, so a replicate is scored as one caption that has the
+    summed counts of those it drew.
 
     Raises RuntimeError if java is missing, dies, or has not finished after `timeout` seconds.
     """
@@ -112,18 +122,59 @@ def _meteor(references: dict[Any, list[str]], candidates: dict[Any, list[str]], 
             # The package's own waits for a lock that a failed compute_score() never gives back.
             pass
 
+        def counts(self) -> list[list[float]]:
+            """The counts of each caption, as java writes them."""
+            return [[float(x) for x in self._stat(candidates[k][0], references[k]).split()] for k in candidates]
+
+        def evaluate(self, counts: Sequence[Sequence[float]] | np.ndarray) -> list[float]:
+            """The score of each row of counts, and last that of all rows together."""
+            line = " ||| ".join(["EVAL", *(" ".join(map(repr, map(float, row))) for row in counts)])
+            assert self.meteor_p.stdin is not None and self.meteor_p.stdout is not None
+            self.meteor_p.stdin.write(f"{line}\n".encode())
+            self.meteor_p.stdin.flush()
+            return [float(self.meteor_p.stdout.readline()) for _ in range(len(counts) + 1)]
+
     scorer = Meteor()
     watch = threading.Timer(timeout, scorer.meteor_p.kill)
     watch.start()
     try:
-        score, _ = scorer.compute_score(references, candidates)
+        counts = scorer.counts()
+        score = scorer.evaluate(counts)[-1]
+        interval = bootstrap.interval(counts, lambda sums: np.array(scorer.evaluate(sums)[:-1]))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"METEOR's java process ended early ({type(error).__name__}: {error})") from None
     finally:
         watch.cancel()
         scorer.meteor_p.kill()
         scorer.meteor_p.communicate()
-    return float(score)
+    return score, interval
+
+
+def bleu_of_counts(sums_RK: np.ndarray) -> np.ndarray:
+    """BLEU-1..4 [R,4] from rows of (candidate length, reference length, 4 x guessed, 4 x correct), as the package does
+    it: a little is added so that nothing is divided by 0."""
+    length, reference, guessed, correct = sums_RK[:, 0], sums_RK[:, 1], sums_RK[:, 2:6], sums_RK[:, 6:10]
+    precisions = np.cumprod((correct + 1e-15) / (guessed + 1e-9), axis=1) ** (1 / np.arange(1, 5))
+    ratio = (length + 1e-15) / (reference + 1e-9)
+    return precisions * np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)[:, None]
+
+
+def _bleu_of_order(n: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda sums: bleu_of_counts(sums)[:, n]
+
+
+def _bleu_counts(references: Mapping[Key, list[str]], candidates: Mapping[Key, list[str]]) -> list[list[int]]:
+    """`bleu_of_counts`' row of each caption; the reference that is closest in length counts."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for key, (candidate,) in candidates.items():
+        scorer += (candidate, references[key])
+    rows = []
+    for found in scorer.ctest:
+        closest = min((abs(length - found["testlen"]), length) for length in found["reflen"])[1]
+        rows.append([found["testlen"], closest, *found["guess"], *found["correct"]])
+    return rows
 
 
 def _tokenize_all(
@@ -148,15 +199,18 @@ def score_captions(
     *,
     tokenizer: str = "auto",
     meteor_timeout: float = 600.0,
+    bootstrap: Bootstrap | None = None,
 ) -> dict[str, Any]:
     """Score one candidate caption per picture against its references.
 
     references: per picture at least one caption; candidates: one per picture, the same pictures.
     tokenizer: "ptb", "simple", "none" (texts are tokens joined by blanks), or "auto": ptb where java is, else simple.
     meteor_timeout: seconds after which METEOR is given up.
+    bootstrap: for intervals over pictures; none without it. CIDEr's keep the word weights of the whole set.
 
-    Returns bleu1 ... bleu4, rouge_l, meteor in [0,1], cider in [0,10], "samples", "tokenizer", and "missing": a dict of
-    what could not be computed and why. The scores are None for an empty set.
+    Returns bleu1 ... bleu4, rouge_l, meteor in [0,1], cider in [0,10], "samples", "tokenizer", "bleu_counts" (testlen,
+    reflen, guess, correct), "intervals" by score, and "missing": a dict of what could not be computed and why. The
+    scores are None for an empty set.
     Raises ValueError where pictures do not agree or have no reference.
     """
     if tokenizer not in ("auto", "ptb", "simple", "none"):
@@ -171,24 +225,34 @@ def score_captions(
         tokenizer = "ptb" if java_command() else "simple"
     result: dict[str, Any] = dict.fromkeys(METRICS)
     missing: dict[str, str] = {}
-    result.update(samples=len(candidates), tokenizer=tokenizer, missing=missing)
+    result.update(samples=len(candidates), tokenizer=tokenizer, missing=missing, intervals={})
     if not candidates:
         missing.update(dict.fromkeys(METRICS, "no captions"))
         return result
 
     # Only here, so that the masks and pictures can be scored where the eval extra is not installed.
-    from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
+    bootstrap = bootstrap or Bootstrap(replicates=0)
+    intervals: dict[str, Interval | None] = {}
     truths, hypotheses = _tokenize_all(references, candidates, tokenizer)
-    bleu, _ = Bleu(4).compute_score(truths, hypotheses, verbose=0)
-    result.update({f"bleu{n}": float(value) for n, value in enumerate(bleu, start=1)})
-    result["rouge_l"] = float(Rouge().compute_score(truths, hypotheses)[0])
-    result["cider"] = float(Cider().compute_score(truths, hypotheses)[0])
+    counts = np.array(_bleu_counts(truths, hypotheses))
+    total = counts.sum(axis=0)
+    for n, value in enumerate(bleu_of_counts(total[None])[0]):
+        result[f"bleu{n + 1}"] = float(value)
+        intervals[f"bleu{n + 1}"] = bootstrap.interval(counts, _bleu_of_order(n))
+    testlen, reflen, *more = total.tolist()
+    result["bleu_counts"] = {"testlen": testlen, "reflen": reflen, "guess": more[:4], "correct": more[4:]}
+    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
+        each = np.asarray(scorer.compute_score(truths, hypotheses)[1], dtype=np.float64)
+        # fsum is exact: the mean does not depend on the captions' order.
+        result[name] = math.fsum(each) / len(each)
+        intervals[name] = bootstrap.of_mean(each)
     try:
-        result["meteor"] = _meteor(truths, hypotheses, meteor_timeout)
+        result["meteor"], intervals["meteor"] = _meteor(truths, hypotheses, meteor_timeout, bootstrap)
     except RuntimeError as error:
         missing["meteor"] = str(error)
         warnings.warn(f"METEOR is missing from the caption scores: {error}", stacklevel=2)
+    result["intervals"] = intervals
     return result

@@ -12,6 +12,9 @@ Conventions, both named in the result:
   object is therefore counted max(predicted, true) times per sample.
 - empty "zero": a pair of two empty masks has IoU 0 (the paper's released code); "one": it has IoU 1 (LISA). An empty
   mask without a partner has IoU 0 either way.
+
+`score_images` judges pictures instead of objects: the mean over pictures of what their objects reach, and, as gRefCOCO
+does, all predicted masks of a picture as one against all true ones, where a picture may hold no target at all.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from pipeline.data import rle
+from pipeline.scoring.bootstrap import Bootstrap, Interval
 
 RLE = dict[str, Any]
 MATCHINGS = ("hungarian", "index")
@@ -153,3 +157,63 @@ def score_masks(
         raise ValueError(f"{len(predictions)} samples of predictions for {len(targets)} samples of targets")
     pairs = [pair for p, t in zip(predictions, targets, strict=True) for pair in match_masks(p, t, matching=matching)]
     return {**summarise_pairs(pairs, empty=empty), "samples": len(targets), "matching": matching, "empty": empty}
+
+
+def mask_intervals(
+    predictions: Sequence[Sequence[RLE | None]], targets: Sequence[Sequence[RLE]], bootstrap: Bootstrap
+) -> dict[str, Interval | None]:
+    """Intervals over samples of miou, oiou and p_at_0.5 ... p_at_0.9 (Hungarian, two empty masks have IoU 0)."""
+    groups = [match_masks(p, t) for p, t in zip(predictions, targets, strict=True)]
+    objects = [len(group) for group in groups]
+    ious = [math.fsum(pair.iou for pair in group) for group in groups]
+    both = [sum(pair.intersection for pair in group) for group in groups]
+    either = [sum(pair.union for pair in group) for group in groups]
+    found = {"miou": bootstrap.of_ratio(ious, objects), "oiou": bootstrap.of_ratio(both, either)}
+    for tenth in THRESHOLDS:
+        hits = [sum(pair.union > 0 and 10 * pair.intersection >= tenth * pair.union for pair in g) for g in groups]
+        found[f"p_at_0.{tenth}"] = bootstrap.of_ratio(hits, objects)
+    return found
+
+
+def score_images(predictions: Sequence[Sequence[RLE | None]], targets: Sequence[Sequence[RLE]]) -> dict[str, Any]:
+    """Scores per picture, each picture counting once.
+
+    per_image_miou: mean over pictures of the mean IoU of their objects (max(predicted, true) of them, Hungarian).
+    merged_miou, merged_oiou: gIoU and cIoU of gRefCOCO: a picture's predicted masks as one against its true ones as
+        one; without a target, IoU 1 where nothing was predicted, else 0 with the predicted area in the union.
+    no_target_accuracy: N-acc, share of pictures without a target for which nothing was predicted.
+    target_accuracy: T-acc, share of pictures with a target for which something was predicted.
+    images, no_target_images: counts. "Nothing" is no mask, or empty masks alone; a score of no pictures is None.
+    Raises ValueError for lists of different lengths and for masks of different sizes in one picture.
+    """
+    if len(predictions) != len(targets):
+        raise ValueError(f"{len(predictions)} samples of predictions for {len(targets)} samples of targets")
+    per_image: list[float] = []
+    merged: list[float] = []
+    intersection = union = silent_right = answered = no_target = 0
+    for predicted, true in zip(predictions, targets, strict=True):
+        pairs = match_masks(predicted, true)
+        if pairs:
+            per_image.append(math.fsum(pair.iou for pair in pairs) / len(pairs))
+        given = [mask for mask in predicted if mask is not None and rle.area(mask)]
+        there = [mask for mask in true if rle.area(mask)]
+        one, other = (rle.union(given) if given else None), (rle.union(there) if there else None)
+        both = rle.intersection(one, other) if one and other else 0
+        either = (rle.area(one) if one else 0) + (rle.area(other) if other else 0) - both
+        intersection, union = intersection + both, union + either
+        merged.append(both / either if either else 1.0)
+        if other is None:
+            no_target += 1
+            silent_right += one is None
+        else:
+            answered += one is not None
+    with_target = len(targets) - no_target
+    return {
+        "per_image_miou": math.fsum(per_image) / len(per_image) if per_image else None,
+        "merged_miou": math.fsum(merged) / len(merged) if merged else None,
+        "merged_oiou": intersection / union if union else None,
+        "no_target_accuracy": silent_right / no_target if no_target else None,
+        "target_accuracy": answered / with_target if with_target else None,
+        "images": len(targets),
+        "no_target_images": no_target,
+    }

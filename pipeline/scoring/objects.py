@@ -14,6 +14,14 @@ from typing import Any
 Parse = Callable[[str], Iterable[Hashable]]
 
 
+def read_counts(
+    predicted: Sequence[Iterable[Hashable]], gold: Sequence[Iterable[Hashable]]
+) -> list[tuple[int, int, int]]:
+    """Per sample (named, there, right): objects named, objects there, and how many of the named are there."""
+    pairs = [(Counter(some), Counter(true)) for some, true in zip(predicted, gold, strict=True)]
+    return [(some.total(), true.total(), (some & true).total()) for some, true in pairs]
+
+
 def object_f1(predicted: Sequence[Iterable[Hashable]], gold: Sequence[Iterable[Hashable]]) -> dict[str, Any]:
     """Precision, recall and F1 of named objects, counted over all samples together.
 
@@ -22,12 +30,8 @@ def object_f1(predicted: Sequence[Iterable[Hashable]], gold: Sequence[Iterable[H
     """
     if len(predicted) != len(gold):
         raise ValueError(f"{len(predicted)} samples of predictions for {len(gold)} samples of truth")
-    named = there = right = 0
-    for some, true in zip(predicted, gold, strict=True):
-        named_here, there_here = Counter(some), Counter(true)
-        named += named_here.total()
-        there += there_here.total()
-        right += (named_here & there_here).total()
+    counts = read_counts(predicted, gold)
+    named, there, right = (sum(column) for column in zip(*counts)) if counts else (0, 0, 0)
     return {
         "precision": right / named if named else None,
         "recall": right / there if there else None,

@@ -50,8 +50,8 @@ def _both_unit(image_embeddings: Any, text_embeddings: Any) -> tuple[np.ndarray,
     return images, texts
 
 
-def retrieval_r1(image_embeddings: Any, text_embeddings: Any, *, group: int = 50, seed: int = 0) -> float:
-    """Share of pictures whose own text is the nearest by cosine among `group` texts: its own and group-1 others.
+def retrieval_credits(image_embeddings: Any, text_embeddings: Any, *, group: int = 50, seed: int = 0) -> list[float]:
+    """For each picture 1 if its own text is the nearest by cosine among `group` texts, its own and group-1 others.
 
     The others are drawn without replacement for each picture, from a generator seeded with `seed`; chance is 1/group. A
     text that ties with k-1 others (equal captions occur) counts 1/k when it is the nearest, so that a constant picture
@@ -76,15 +76,27 @@ def retrieval_r1(image_embeddings: Any, text_embeddings: Any, *, group: int = 50
             credit.append(0.0)
         else:
             credit.append(1.0 / (1 + int((rest >= own - TIE).sum())))
-    return math.fsum(credit) / n
+    return credit
+
+
+def retrieval_r1(image_embeddings: Any, text_embeddings: Any, *, group: int = 50, seed: int = 0) -> float:
+    """The mean of `retrieval_credits`: the share of pictures that find their own text."""
+    credit = retrieval_credits(image_embeddings, text_embeddings, group=group, seed=seed)
+    return math.fsum(credit) / len(credit)
+
+
+def cosines(image_embeddings: Any, text_embeddings: Any) -> np.ndarray:
+    """Cosine of each picture with its own text, float64 [n]."""
+    images, texts = _both_unit(image_embeddings, text_embeddings)
+    return (images * texts).sum(axis=1)
 
 
 def mean_cosine(image_embeddings: Any, text_embeddings: Any) -> float:
     """Mean cosine of each picture with its own text, in [-1,1]. Raises ValueError for an empty set."""
-    images, texts = _both_unit(image_embeddings, text_embeddings)
-    if not len(images):
+    each = cosines(image_embeddings, text_embeddings)
+    if not len(each):
         raise ValueError("the cosine of no pictures is not defined")
-    return math.fsum((images * texts).sum(axis=1)) / len(images)
+    return math.fsum(each) / len(each)
 
 
 def score_pictures(image_embeddings: Any, text_embeddings: Any, *, group: int = 50, seed: int = 0) -> dict[str, Any]:

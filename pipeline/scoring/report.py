@@ -1,12 +1,14 @@
 """The report of an evaluation: report.json for machines, report.md for people, and one table for the terminal.
 
-report.json holds exactly three conditions, each with exactly the keys of `SCORES`, and "run":
+report.json holds the conditions, each with exactly the keys of `SCORES`, "intervals" and "run":
 
-    {"tuned": {...}, "untuned": {...}, "shuffled": {...},
+    {"tuned": {...}, "untuned": {...}, "shuffled": {...}, "teacher_forced": {...},
+     "intervals": {condition: {score: [low, high]}},
      "run": {"samples": ..., "seconds": {stage: s}, "versions": {package: version}, "commit": ..., ...}}
 
-A score that was not computed is null, never left out. Scores are fractions ([0,1]; CIDEr [0,10]; cosine [-1,1]). What
-else a scorer returned (precision at thresholds, counts, conventions) goes to details.json beside it.
+A score that was not computed is null, never left out. Scores are fractions ([0,1]; CIDEr [0,10]; cosine [-1,1]; the
+distances from 0 up; IS from 1 up), to six decimals: the next depend on how many samples went through a model at a time.
+What else a scorer returned (other conventions, counts) goes to details.json beside it.
 """
 
 from __future__ import annotations
@@ -15,48 +17,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONDITIONS = {
-    "tuned": "the tuned model",
-    "untuned": "the same model before tuning",
-    "shuffled": "the tuned model, each question with another sample's picture (for pictures: another sample's text)",
-}
+from pipeline.scoring.scores import CONDITIONS, SCORES
 
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How one score is shown: its task, a label, decimals, and one line on what it is."""
-
-    task: str
-    label: str
-    digits: int
-    meaning: str
-
-
-_PER_OBJECT = "mean IoU per object, Hungarian matching; missed and extra masks count 0"
-_OVERALL = "summed intersections over summed unions; missed and extra masks stand in the union"
-_NAMES = "share of answers whose words name exactly the right objects"
-SCORES = {
-    "referring_miou": Score("referring segmentation", "mIoU", 3, _PER_OBJECT),
-    "referring_oiou": Score("referring segmentation", "oIoU", 3, _OVERALL),
-    "referring_object_accuracy": Score("referring segmentation", "right objects named", 3, _NAMES),
-    "reasoning_miou": Score("reasoning segmentation", "mIoU", 3, _PER_OBJECT),
-    "reasoning_oiou": Score("reasoning segmentation", "oIoU", 3, _OVERALL),
-    "reasoning_object_accuracy": Score("reasoning segmentation", "right objects named", 3, _NAMES),
-    "caption_bleu4": Score("captioning", "BLEU-4", 3, "corpus BLEU of 4-grams"),
-    "caption_cider": Score("captioning", "CIDEr", 3, "CIDEr-D over this set of references; papers print it times 100"),
-    "caption_object_f1": Score("captioning", "object F1", 3, "F1 of the objects that the caption names"),
-    "picture_text_r1_of_50": Score(
-        "picture generation",
-        "text R@1 of 50",
-        3,
-        "own text nearest to the picture among 50 texts, by CLIP; chance .020",
-    ),
-    "picture_clip_cosine": Score("picture generation", "CLIP cosine", 3, "mean CLIP cosine of picture and text"),
-}
+DIGITS = 6
 RUN_KEYS = ("samples", "seconds", "versions", "commit")
 
 
@@ -67,13 +33,18 @@ def _plain(value: Any, name: str) -> float | None:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"the score {name} is {number}; a score that cannot be computed is None")
-    return number
+    return round(number, DIGITS)
 
 
-def build_report(conditions: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:
+def build_report(
+    conditions: Mapping[str, Mapping[str, Any]],
+    run: Mapping[str, Any],
+    intervals: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The report as one dictionary, checked.
 
     conditions: scores by name for some or all of `CONDITIONS`; what is missing becomes None.
+    intervals: (low, high) by condition and score, for those that have one.
     run: at least samples (int or per-task counts), seconds (per stage), versions, commit; anything else JSON can hold.
     Raises ValueError for an unknown condition or score, a missing run key, or a score that is NaN or infinite.
     """
@@ -90,6 +61,14 @@ def build_report(conditions: Mapping[str, Mapping[str, Any]], run: Mapping[str, 
         if odd:
             raise ValueError(f"unknown scores {odd} of {condition}; known are {list(SCORES)}")
         report[condition] = {name: _plain(scores.get(name), f"{condition}.{name}") for name in SCORES}
+    report["intervals"] = {
+        condition: {
+            name: [_plain(end, f"an end of {condition}.{name}") for end in ends]
+            for name, ends in found.items()
+            if ends is not None
+        }
+        for condition, found in (intervals or {}).items()
+    }
     report["run"] = dict(run)
     return report
 
@@ -98,20 +77,33 @@ def _cell(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def _rows(report: Mapping[str, Any], *, intervals: bool = False) -> list[tuple[str, str, list[str]]]:
+    """(task, label, a cell per shown condition) of every score; the interval stands behind the figure if asked for."""
+
+    def cell(condition: str, name: str, digits: int) -> str:
+        text = _cell(report[condition][name], digits)
+        ends = report["intervals"].get(condition, {}).get(name) if intervals else None
+        return f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else text
+
     return [
-        (score.task, score.label, [_cell(report[condition][name], score.digits) for condition in CONDITIONS])
+        (score.task, score.label, [cell(condition, name, score.digits) for condition in shown_conditions(report)])
         for name, score in SCORES.items()
     ]
 
 
+def shown_conditions(report: Mapping[str, Any]) -> list[str]:
+    """The conditions that tables show: teacher-forced answers only where they were asked for."""
+    forced = any(value is not None for value in report.get("teacher_forced", {}).values())
+    return [condition for condition in CONDITIONS if condition != "teacher_forced" or forced]
+
+
 def format_table(report: Mapping[str, Any]) -> str:
     """The one table for the terminal: a row per score, a column per condition, "–" where there is no score."""
-    rows = _rows(report)
+    rows, conditions = _rows(report), shown_conditions(report)
     wide = max(len(task) for task, _, _ in rows)
     label_wide = max(len(label) for _, label, _ in rows)
-    column = max(map(len, CONDITIONS)) + 2
-    head = " " * (wide + 2 + label_wide) + "".join(f"{condition:>{column}}" for condition in CONDITIONS)
+    column = max(map(len, conditions)) + 2
+    head = " " * (wide + 2 + label_wide) + "".join(f"{condition:>{column}}" for condition in conditions)
     lines = [head, "─" * len(head)]
     previous = rows[0][0]
     for task, label, cells in rows:
@@ -133,12 +125,15 @@ def format_markdown(report: Mapping[str, Any], *, title: str = "Evaluation", not
     lines = [f"# {title}", ""]
     if notes:
         lines += [notes, ""]
-    lines += ["| task | score | " + " | ".join(CONDITIONS) + " |", "|---|---|" + "---:|" * len(CONDITIONS)]
+    conditions = shown_conditions(report)
+    lines += ["| task | score | " + " | ".join(conditions) + " |", "|---|---|" + "---:|" * len(conditions)]
     previous = ""
-    for task, label, cells in _rows(report):
+    for task, label, cells in _rows(report, intervals=True):
         lines.append(f"| {task if task != previous else ''} | {label} | " + " | ".join(cells) + " |")
         previous = task
-    lines += ["", *(f"- **{name}**: {meaning}" for name, meaning in CONDITIONS.items()), ""]
+    if report["intervals"]:
+        lines += ["", "In brackets: 95 % bootstrap intervals over samples."]
+    lines += ["", *(f"- **{name}**: {CONDITIONS[name]}" for name in conditions), ""]
     if sheet:
         lines += ["## Examples", "", f"![contact sheet]({sheet})", ""]
     lines += ["## What the scores are", ""]

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.scoring.report import CONDITIONS, SCORES, replace_text
+from pipeline.scoring.report import replace_text
+from pipeline.scoring.scores import CONDITIONS, SCORES
 
 
 def read_report(run: Path) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for condition in CONDITIONS:
         summary[condition] = {}
         for name in SCORES:
-            values = [report[condition][name] for report in reports]
+            # A report of before a score existed lacks it.
+            values = [report.get(condition, {}).get(name) for report in reports]
             known = None not in values
             mean, std = (statistics.fmean(values), statistics.stdev(values)) if known else (None, None)
             summary[condition][name] = {"mean": mean, "std": std, "values": values}
@@ -50,17 +52,19 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def format_summary(summary: Mapping[str, Any], title: str) -> str:
     """The table as Markdown, with the runs under it."""
     lines = [f"# {title}", "", f"Mean ± standard deviation over {len(summary['runs'])} seeds.", ""]
-    lines += ["| task | score | " + " | ".join(CONDITIONS) + " |", "|---|---|" + "---:|" * len(CONDITIONS)]
+    forced = any(found["mean"] is not None for found in summary["teacher_forced"].values())
+    conditions = [condition for condition in CONDITIONS if condition != "teacher_forced" or forced]
+    lines += ["| task | score | " + " | ".join(conditions) + " |", "|---|---|" + "---:|" * len(conditions)]
     previous = ""
     for name, score in SCORES.items():
         cells = []
-        for condition in CONDITIONS:
+        for condition in conditions:
             found = summary[condition][name]
             known = found["mean"] is not None
             cells.append(f"{found['mean']:.{score.digits}f} ± {found['std']:.{score.digits}f}" if known else "–")
         lines.append(f"| {score.task if score.task != previous else ''} | {score.label} | {' | '.join(cells)} |")
         previous = score.task
-    lines += ["", *(f"- **{name}**: {meaning}" for name, meaning in CONDITIONS.items()), ""]
+    lines += ["", *(f"- **{name}**: {CONDITIONS[name]}" for name in conditions), ""]
     lines += ["| seed | commit | checkpoint | samples | seconds by stage |", "|---|---|---|---|---|"]
     for run in summary["runs"]:
         seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in run["seconds"].items())

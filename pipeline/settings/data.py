@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.data.task_module import load_task_module
 from pipeline.data.tasks import TASKS
 from pipeline.runtime.command_line import flag, numbers
 from pipeline.settings.checks import distinct, need
@@ -19,13 +20,18 @@ class DataArguments:
     data_weights: str = flag("", "share of each data set in every global batch, as in 2,1; empty: each sample once")
     shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
     tasks: str = flag(",".join(TASKS), "tasks that are tuned together")
+    task_module: str = flag("", "Python file that registers a task of your own, to be named in tasks (see the README)")
     task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
-    max_length: int = flag(512, "tokens per row at most, image tokens included")
+    max_length: int = flag(512, "tokens per sample at most, image tokens included")
+    packing: bool = flag(True, "several samples to a row while training, each seen by itself alone; else padded rows")
+    pack_tokens: int = flag(0, "tokens per packed row at most; 0: all samples of a pass in one row, without padding")
     num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
     max_bad_share: float = flag(0.01, "share of unreadable samples at which training stops, 0 to 1")
 
     def __post_init__(self) -> None:
+        if self.task_module:
+            load_task_module(self.task_module)
         names = self.task_names
         unknown = sorted(set(names) - set(TASKS))
         need(not unknown and bool(names) and distinct(names), f"tasks must be some of {','.join(TASKS)}", self.tasks)
@@ -33,6 +39,16 @@ class DataArguments:
         need(0 <= self.max_bad_share <= 1, "max_bad_share must lie in 0..1", self.max_bad_share)
         for name, least in (("num_workers", 0), ("shuffle_window", 0), ("referring_objects", 1), ("max_length", 1)):
             need(getattr(self, name) >= least, f"{name} must be at least {least}", getattr(self, name))
+        need(
+            self.pack_tokens == 0 or self.pack_tokens >= self.max_length,
+            f"pack_tokens must be 0 or at least max_length, {self.max_length}: a row must hold a sample",
+            self.pack_tokens,
+        )
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of a packed row at most, 0 for no limit; None for padded rows."""
+        return self.pack_tokens if self.packing else None
 
     @property
     def task_names(self) -> tuple[str, ...]:

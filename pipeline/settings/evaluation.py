@@ -14,16 +14,27 @@ from pipeline.settings.checks import need
 class EvalArguments:
     """Scoring of a checkpoint."""
 
-    checkpoint: str = flag("", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini")
+    checkpoint: str = flag("", "checkpoint, run or exported folder; empty: runs/mini, else runs/quickstart")
     split: str = flag("test", "split of the data set")
     eval_batch: int = flag(32, "prompts per rank decoded together")
     max_new_tokens: int = flag(64, "tokens of an answer at most")
-    protocol: Literal["free", "teacher-forced"] = flag("free", "free: the model writes its own answers and task tokens")
+    protocol: Literal["free", "teacher-forced", "both"] = flag(
+        "free", "free: the model writes its own answers and task tokens; both: and given the right ones besides"
+    )
+    from_predictions: str = flag("", "score the answers saved in this folder again, without a model", alias="--from")
+    inception_weights: str = flag("", "weights-inception-2015-12-05-6726825d.pth, for FID, KID and IS")
+    bootstrap: int = flag(1000, "replicates of the bootstrap that makes the scores' 95 % intervals; 0: no intervals")
     condition: Literal["tuned", "untuned", "shuffled", "all"] = flag("tuned", "shuffled: each prompt has another image")
+    each_phrase: bool = flag(
+        False, "referring alone, each object by each of its phrases: the RefCOCO family's protocol"
+    )
     limit: int = flag(0, "score only the first so many samples; 0: all")
     report_dir: str = flag("", "folder of report.json, report.md and the contact sheet; empty: the run's folder")
     data: str = flag("", "folder of packed shards; empty: the one that was trained on")
     base: str = flag("", "folder of the frozen LM; empty: as in training (the same for clip, vqgan, prior)")
+    base_quant: Literal["", "none", "nf4", "int8"] = flag(
+        "", "bits of the frozen LM's matrices, as in training when empty"
+    )
     clip: str = flag("", "frozen CLIP, as in training when empty")
     clip_weights: str = flag("", "weights file of the CLIP, as in training when empty")
     vqgan: str = flag("", "folder of the VQGAN, as in training when empty")
@@ -32,26 +43,43 @@ class EvalArguments:
     temperature: float = flag(1.0, "of the draw of picture codes; 0: the likeliest code")
     top_k: int = flag(100, "picture codes drawn from the likeliest so many; 0: all")
     top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
+    tables: str = flag(
+        "", "comma-separated folders of evaluated runs: only write the paper's tables with a row of each"
+    )
     summarise: str = flag("", "comma-separated folders of evaluated runs (seeds): only write their mean ± deviation")
     title: str = flag("Mean over seeds", "heading of that table")
     seed: int = flag(0, "of the picture codes' draw and of the texts a picture is ranked among")
     num_workers: int = flag(0, "loader processes")
+    local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
     def __post_init__(self) -> None:
         for name in ("eval_batch", "max_new_tokens", "candidates"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("limit", "temperature", "top_k", "num_workers"):
+        for name in ("limit", "temperature", "top_k", "num_workers", "bootstrap"):
             need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
-        need(not self.summarise or bool(self.report_dir), "--summarise needs --report_dir, its folder", self.report_dir)
+        for name in ("summarise", "tables"):
+            wanted = bool(getattr(self, name))
+            need(not wanted or bool(self.report_dir), f"--{name} needs --report_dir, its folder", self.report_dir)
+        forced = self.protocol == "both" and self.condition not in ("tuned", "all")
+        need(not forced, "--protocol both goes with --condition tuned or all", self.condition)
 
     @property
     def summarised_runs(self) -> list[Path]:
         """The folders that `summarise` names."""
-        return [Path(part.strip()) for part in self.summarise.split(",") if part.strip()]
+        return _folders(self.summarise)
+
+    @property
+    def tabled_runs(self) -> list[Path]:
+        """The folders that `tables` names."""
+        return _folders(self.tables)
 
     @property
     def replaced(self) -> dict[str, str]:
-        """The paths that were given, in place of those of the training run."""
-        names = ("data", "base", "clip", "clip_weights", "vqgan", "prior")
+        """What was given in place of the training run's: paths, and the frozen LM's bits."""
+        names = ("data", "base", "base_quant", "clip", "clip_weights", "vqgan", "prior")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def _folders(text: str) -> list[Path]:
+    return [Path(part.strip()) for part in text.split(",") if part.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class ModelArguments:
     preset: Literal["mini", "7b", "13b"] = flag("mini", "a set of values for the flags that are not given")
     config: str = flag("", "YAML file of `flag: value` lines, below the flags and above the preset")
     base: str = flag("", "folder of the frozen Hugging Face causal LM")
+    base_quant: Literal["none", "nf4", "int8"] = flag("none", "bits of the frozen LM's matrices: bf16/fp32, 4 or 8")
     clip: str = flag("", "frozen CLIP: an open_clip model name, or local-dir:FOLDER")
     clip_weights: str = flag("", "weights file of the open_clip model; not needed for local-dir:")
     vqgan: str = flag("", "folder of the VQGAN that turns codes into pictures; only to look at generated pictures")
@@ -49,6 +51,11 @@ class ModelArguments:
     image_prefix: str = flag("", "text with one <image> per image token, put before the dialogue; empty: tokens only")
     clip_taps: str = flag("", "CLIP layers for the mask decoder, counted from 0, as in 7,15,23; empty: three, evenly")
     mechanism: Literal["paper", "released"] = flag("paper", "fills what is not given from alpha to clip_head")
+    tuner: Literal["neural", "lora", "ia3"] = flag(
+        "neural", "what is trained in the LM: the sparse task network, or PEFT's LoRA or IA3 in its place"
+    )
+    lora_rank: int = flag(0, "rank of --tuner lora; 0: the one whose size is nearest to the sparse network's")
+    lora_alpha: float = flag(0.0, "LoRA's output is scaled by this / rank; 0: twice the rank")
     alpha: float | None = flag(None, "share of the layers below in the sparse vector, 0 to < 1 (paper .9, released .2)")
     activation: Literal["hard", "shifted"] | None = flag(None, "how values below the threshold go (hard, shifted)")
     sparse_norm: bool | None = flag(None, "RMSNorm on the sparse vector (False, True)")
@@ -81,6 +88,14 @@ class ModelArguments:
             "projections takes each of the letters q, k, v at most once, such as qv",
             self.projections,
         )
+        need(
+            self.tuner == "neural" or importlib.util.find_spec("peft") is not None,
+            "--tuner lora and ia3 need PEFT (pip install peft)",
+            self.tuner,
+        )
+        for name in ("lora_rank", "lora_alpha"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+            need(self.tuner == "lora" or not getattr(self, name), f"{name} goes with --tuner lora", self.tuner)
         for name in ("z_dim", "image_merge", "max_objects", "mask_dim"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         need(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.runtime.command_line import flag
 from pipeline.settings.checks import REPO, need
@@ -22,6 +23,7 @@ class TrainArguments:
     max_steps: int = flag(-1, "optimizer steps; above 0 it counts instead of epochs")
     lr: float = flag(1e-4, "peak learning rate of AdamW")
     lr_sparse: float | None = flag(None, "the same for the sparse networks; unset: lr")
+    lr_adapter: float | None = flag(None, "the same for LoRA or IA3 in their place; unset: lr")
     lr_projector: float | None = flag(None, "the same for the image projector; unset: lr")
     lr_tokens: float | None = flag(None, "the same for the new tokens' rows; unset: lr")
     lr_mask: float | None = flag(None, "the same for the mask decoder; unset: lr")
@@ -34,7 +36,13 @@ class TrainArguments:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     seed: int = flag(0, "of initial values, sample order and draws")
     bf16: str = flag("auto", "train in bfloat16 with fp32 master weights: auto (on a GPU), true, false")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
+    gradient_checkpointing: Literal["none", "attention", "full"] = flag(
+        "none",
+        "activations recomputed in the backward pass: none, each layer's attention, or whole layers (least memory)",
+    )
+    attn: Literal["auto", "sdpa_varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = flag(
+        "auto", "the LM's attention while training; auto: sdpa_varlen if --packing, else what transformers takes"
+    )
     lambda_seg: float = flag(1.0, "weight of the masks' Dice loss")
     lambda_gen: float = flag(10.0, "weight of the pictures' CLIP embedding loss (MSE)")
     lambda_bce: float = flag(0.0, "weight of the masks' pixel loss (BCE)")
@@ -47,6 +55,9 @@ class TrainArguments:
     resume: str = flag("auto", "auto: from the newest whole checkpoint; never: start anew; or a checkpoint folder")
     mlflow_experiment: str = flag("neural-tuning", "MLflow experiment (server: MLFLOW_TRACKING_URI; else a local file)")
     run_name: str = flag("", "MLflow run name; empty: the output folder's name")
+    register_model: str = flag("", "when done, the tuned weights become a version of this registered model of MLflow")
+    preflight: bool = flag(False, "only check files, batch, disk and memory, load no model; exit code 0 if all is well")
+    mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
     def __post_init__(self) -> None:
@@ -71,6 +82,7 @@ class TrainArguments:
         """A learning rate for each trained part; None means lr."""
         return {
             "sparse": self.lr_sparse,
+            "adapter": self.lr_adapter,
             "projector": self.lr_projector,
             "tokens": self.lr_tokens,
             "mask_decoder": self.lr_mask,

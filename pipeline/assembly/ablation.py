@@ -1,0 +1,166 @@
+"""One run of ablate.py: every row of a study at every seed, by train.py and evaluate_mmud.py, and the table of them.
+
+A row at a seed is a run of its own in <output_dir>/<row>/seed<n>. What is finished (its report.json stands) is not run
+again, what was stopped goes on from its checkpoint. In MLflow the study is a parent run and each of these a child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from pipeline.assembly.studies import Study, make_study
+from pipeline.config import REPO, AblationArguments
+from pipeline.data.joining import parse_part
+from pipeline.runtime.provenance import write_json
+from pipeline.runtime.tracking import Tracker
+from pipeline.scoring.ablation_table import Row, write_table
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row at one seed: its folder and its two commands, without MLflow's parent."""
+
+    row: Row
+    seed: int
+    folder: Path
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been scored."""
+        return (self.folder / "report.json").is_file()
+
+    def describe(self) -> str:
+        """The two commands."""
+        return f"{shlex.join(self.train)}\n{shlex.join(self.evaluate)}"
+
+
+class Ablation:
+    """A study as asked for. Raises ValueError for flags that do not fit."""
+
+    def __init__(self, args: AblationArguments) -> None:
+        self.args, self.folder = args, args.folder
+        self.study: Study = make_study(args.study, self.folder)
+        asked = [name.strip() for name in args.rows.split(",") if name.strip()]
+        names = [row.name for row in self.study.rows]
+        if unknown := [name for name in asked if name not in names]:
+            raise ValueError(f"--rows names {', '.join(unknown)}; {args.study} has {', '.join(names)}")
+        rows = [row for row in self.study.rows if not asked or row.name in asked]
+        # Seed by seed, so that a study that is stopped early has the whole table at fewer seeds.
+        self.jobs = [self._job(row, seed) for seed in args.seed_list for row in rows]
+
+    def _job(self, row: Row, seed: int) -> Job:
+        folder = self.folder / row.name / f"seed{seed}"
+        start = shlex.split(self.args.launcher) or [sys.executable]
+        train = [*start, str(REPO / "pipeline" / "train.py"), *shlex.split(self.args.train_flags), *row.flags]
+        train += ["--seed", str(seed), "--output_dir", str(folder), "--run_name", f"{row.name}/seed{seed}"]
+        score = [sys.executable, str(REPO / "pipeline" / "evaluate_mmud.py"), "--split", self.study.split]
+        score += [*shlex.split(self.args.eval_flags), "--checkpoint", str(folder)]
+        return Job(row, seed, folder, tuple(train), tuple(score))
+
+    def own_jobs(self) -> list[Job]:
+        """The jobs of this --part."""
+        first, step = parse_part(self.args.part)
+        return self.jobs[first - 1 :: step]
+
+    def run(self) -> str:
+        """Runs what is not finished, and returns the table.
+
+        Raises RuntimeError naming the command if one fails (what is finished stays), ValueError if a folder holds runs
+        of other flags.
+        """
+        own = self.own_jobs()
+        for job in own:
+            self._check_flags(job)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # One store for the parent and all children, unless there is a server.
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder.resolve() / 'mlflow.db'}"
+        parent = self._parent_run()
+        for job in tqdm(own, desc=self.args.study, unit="run", dynamic_ncols=True):
+            if not job.finished:
+                write_json(job.folder / "job.json", _facts(job))
+                _command([*job.train, *(["--mlflow_parent", parent] if parent else [])], job.folder / "train.log")
+                _command(job.evaluate, job.folder / "evaluate.log")
+        text = self.table()
+        self._close_parent()
+        return text
+
+    def table(self) -> str:
+        """The table of every finished run of the study, whoever ran it."""
+        reports: dict[str, dict[int, Any]] = {}
+        for job in self.jobs:
+            if job.finished:
+                report = json.loads((job.folder / "report.json").read_text())
+                reports.setdefault(job.row.name, {})[job.seed] = report
+        if not reports:
+            raise ValueError(f"{self.folder} holds no finished run of {self.args.study}")
+        done = sum(map(len, reports.values()))
+        own = [
+            word
+            for name in ("train_flags", "eval_flags")
+            if (value := getattr(self.args, name))
+            for word in (f"--{name}", value)
+        ]
+        command = shlex.join(["python", "pipeline/ablate.py", self.args.study, "--seeds", self.args.seeds, *own])
+        note = f"{done} of {len(self.jobs)} runs, scored on the split {self.study.split}. Made by `{command}`."
+        return write_table(self.folder, self.study.title, self.study.rows, reports, note)
+
+    def _check_flags(self, job: Job) -> None:
+        record = job.folder / "job.json"
+        if record.is_file() and json.loads(record.read_text()) != _facts(job):
+            raise ValueError(
+                f"{job.folder} holds a run with other flags ({record.name} there has them): give another --output_dir, "
+                "or remove the folder"
+            )
+
+    def _tracker(self, resume_step: int | None) -> Tracker:
+        return Tracker(
+            self.folder,
+            experiment="neural-tuning",
+            run_name=self.args.study,
+            resume_step=resume_step,
+            system_metrics=False,
+        )
+
+    def _parent_run(self) -> str | None:
+        """MLflow's id of the study's run; None if the server does not answer. The parts of an array share it."""
+        with FileLock(self.folder / "parent.lock"):
+            tracker = self._tracker(None)
+            tracker.set_tags({"study": self.args.study, "title": self.study.title})
+            tracker.close()
+            return tracker.run_id
+
+    def _close_parent(self) -> None:
+        """The table into the study's run, which ends with its last run."""
+        with FileLock(self.folder / "parent.lock"):
+            tracker = self._tracker(0 if all(job.finished for job in self.jobs) else None)
+            for name in ("table.md", "table.csv", "table.json"):
+                tracker.log_artifact(self.folder / name)
+            tracker.close("FINISHED")
+
+
+def _facts(job: Job) -> dict[str, list[str]]:
+    """What a run's folder remembers of its commands: all but the program that starts them."""
+    first = next(i for i, word in enumerate(job.train) if word.endswith("train.py"))
+    return {"train": list(job.train[first + 1 :]), "evaluate": list(job.evaluate[2:])}
+
+
+def _command(words: list[str] | tuple[str, ...], log: Path) -> None:
+    """Runs a command; all that it prints goes to `log`. RuntimeError with the end of it if it fails."""
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+        raise RuntimeError(f"{shlex.join(words)} ended with {done.returncode} ({log} has all of it):\n{tail}")

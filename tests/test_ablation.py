@@ -1,0 +1,188 @@
+"""ablate.py: which runs a study has, how it goes on, its table, and one row run for real in the mini world."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.assembly import ablation, studies
+from pipeline.assembly.ablation import Ablation
+from pipeline.config import AblationArguments, DataArguments, ModelArguments, TrainArguments, parse
+from pipeline.scoring.report import SCORES
+
+STUDIES = ("table3", "table4", "table5", "learning_rates")
+Ran = list[list[str]]
+
+
+def value_of(train: Sequence[str]) -> float:
+    """A score that depends on a run's flags: .5 more with --beta 1, .01 for each seed."""
+    return 0.1 + 0.5 * ("--beta" in train and train[train.index("--beta") + 1] == "1") + 0.01 * seed_of(train)
+
+
+def seed_of(train: Sequence[str]) -> int:
+    return int(train[train.index("--seed") + 1])
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """The commands of an ablation, which leave a report instead of running."""
+    commands: Ran = []
+
+    def fake(words: Sequence[str], log: Path) -> None:
+        commands.append(list(words))
+        if "--checkpoint" in words:
+            train = json.loads((log.parent / "job.json").read_text())["train"]
+            tuned = dict.fromkeys(SCORES, value_of(train)) | {"caption_cider": None}
+            (log.parent / "report.json").write_text(json.dumps({"tuned": tuned}))
+
+    monkeypatch.setattr(ablation, "_command", fake)
+    monkeypatch.setattr(Ablation, "_parent_run", lambda self: "parent-id")
+    monkeypatch.setattr(Ablation, "_close_parent", lambda self: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
+    return commands
+
+
+def trained(ran: Ran) -> Ran:
+    return [words for words in ran if "--checkpoint" not in words]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_row_is_a_command_line_that_train_takes(study: str) -> None:
+    found = studies.make_study(study, Path("runs") / study)
+    settings = set()
+    for row in found.rows:
+        # Of a study's rows no two may be the same run.
+        parsed = parse(ModelArguments, DataArguments, TrainArguments, argv=list(row.flags))
+        settings.add(repr(parsed))
+    assert len(settings) == len(found.rows) == len({row.name for row in found.rows})
+
+
+def test_runs_every_row_at_every_seed_once(tmp_path: Path, ran: Ran) -> None:
+    args = AblationArguments(study="table3", rows="full,no_sparsity", seeds="0,2", output_dir=str(tmp_path))
+    text = Ablation(args).run()
+    assert [(words[2], seed_of(words)) for words in trained(ran)] == [
+        ("--seed", 0),
+        ("--beta", 0),
+        ("--seed", 2),
+        ("--beta", 2),
+    ]
+    assert all(words[-2:] == ["--mlflow_parent", "parent-id"] for words in trained(ran))
+    line = next(line for line in text.splitlines() if line.startswith("| without sparsity"))
+    assert line.count("0.610 ± 0.014") == len(SCORES) - 1
+    assert line.endswith("| 2 |")
+    assert "CIDEr" not in text
+    assert (tmp_path / "table.md").read_text() == text
+    assert f"{0.61}" in (tmp_path / "table.csv").read_text()
+    before = len(ran)
+    assert Ablation(args).run() == text
+    assert len(ran) == before
+
+
+def test_goes_on_where_it_was(tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = AblationArguments(study="table5", seeds="0", output_dir=str(tmp_path))
+    whole = ablation._command
+
+    def broken(words: Sequence[str], log: Path) -> None:
+        if "level" in words:
+            raise RuntimeError("train.py ended with 1")
+        whole(words, log)
+
+    monkeypatch.setattr(ablation, "_command", broken)
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        Ablation(args).run()
+    assert [words[3] for words in trained(ran)] == ["gaussian", "top2beta"]
+    monkeypatch.setattr(ablation, "_command", whole)
+    text = Ablation(args).run()
+    assert [words[3] for words in trained(ran)] == ["gaussian", "top2beta", "level", "distribution"]
+    assert "4 of 4 runs" in text
+
+
+def test_parts_share_the_runs_and_the_table(tmp_path: Path, ran: Ran) -> None:
+    names = []
+    for part in ("1/3", "2/3", "3/3"):
+        args = AblationArguments(study="table4", seeds="0", output_dir=str(tmp_path), part=part)
+        names += [job.folder for job in Ablation(args).own_jobs()]
+        text = Ablation(args).run()
+    assert len(names) == len(set(names)) == 20
+    assert "20 of 20 runs" in text
+    grid = text.split("## referring segmentation: mIoU")[1].split("##")[0]
+    assert "| | 1 task | 2 tasks | 3 tasks | 4 tasks |" in grid
+    assert "| β = 1 | 0.600 ± 0.000 |" in grid
+    assert "| β = 0.4 | 0.100 ± 0.000 |" in grid
+
+
+def test_other_flags_in_the_same_folder_are_refused(tmp_path: Path, ran: Ran) -> None:
+    def start(flags: str) -> str:
+        return Ablation(
+            AblationArguments(study="table3", rows="full", seeds="0", output_dir=str(tmp_path), train_flags=flags)
+        ).run()
+
+    start("--max_steps 2")
+    with pytest.raises(ValueError, match="run with other flags"):
+        start("--max_steps 3")
+
+
+def test_baselines_take_the_best_rate_of_the_validation_runs(tmp_path: Path) -> None:
+    rows = {}
+    for row in studies.make_study("learning_rates", tmp_path / "learning_rates").rows:
+        tuner, _, rate = row.name.partition("_")
+        best = {"neural": "0.004", "lora": "0.001", "ia3": "0.016"}[tuner]
+        score = {"mean": 0.5 if rate == best else 0.4, "std": 0.0, "values": [0.5]}
+        rows[row.name] = {"scores": dict.fromkeys(SCORES, score)}
+    table = tmp_path / "learning_rates" / "table.json"
+    with pytest.raises(ValueError, match="run the study learning_rates first"):
+        studies.make_study("baselines", tmp_path / "baselines")
+    table.parent.mkdir()
+    table.write_text(json.dumps({"rows": rows}))
+    flags = {row.name: row.flags[2:] for row in studies.make_study("baselines", tmp_path / "baselines").rows}
+    assert flags == {
+        "neural": ("--lr_sparse", "0.004"),
+        "lora": ("--lr_adapter", "0.001"),
+        "ia3": ("--lr_adapter", "0.016"),
+    }
+    del rows["lora_0.002"]
+    table.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ValueError, match="lacks lora at 0.002"):
+        studies.make_study("baselines", tmp_path / "baselines")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"rows": "ful"}, "--rows names ful; table3 has full"),
+        ({"seeds": "0,0"}, "seeds takes numbers, once each"),
+        ({"part": "4/3"}, "--part is i/n"),
+        ({"train_flags": '"'}, "train_flags is no command line"),
+    ],
+)
+def test_wrong_flags(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ablation(AblationArguments(output_dir=str(tmp_path), **flags)).own_jobs()
+
+
+def test_a_row_for_real(tmp_path: Path, run_python: Callable[..., Any], repo: Path) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "study"
+    small = ["--mini_train", "8", "--mini_valid", "0", "--mini_test", "4", "--workers", "1"]
+    packed = run_python(repo / "pipeline/shard_mmud.py", "--out", shards, *small)
+    assert packed.returncode == 0, packed.stderr
+    done = run_python(
+        repo / "pipeline/ablate.py",
+        *("table3", "--rows", "no_ema", "--seeds", "1", "--output_dir", out),
+        *("--train_flags", f"--data {shards} --global_batch 4 --max_steps 2 --num_workers 0"),
+        *("--eval_flags", "--limit 2 --max_new_tokens 8"),
+        env={"MLFLOW_TRACKING_URI": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| without EMA |" in done.stdout
+    state = json.loads((out / "no_ema/seed1/checkpoint-2/state.json").read_text())
+    assert state["config"]["ModelArguments"]["alpha"] == 0
+    with sqlite3.connect(out / "mlflow.db") as database:
+        parents = dict(database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
+        statuses = dict(database.execute("select run_uuid, status from runs"))
+    (child,), (parent,) = parents, parents.values()
+    assert statuses == {child: "FINISHED", parent: "FINISHED"}

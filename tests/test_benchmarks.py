@@ -1,0 +1,51 @@
+"""What the benchmarks compare is the same: equal losses of the usual step and ours, and the table of padding."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.model.losses import Norms
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look up the module of a class by its name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["neural", "lora", "released"])
+def test_all_steps_of_a_model_compute_the_same_loss(kind):
+    bench = load("train_step")
+    model = bench.Model(kind, bench.SIZES["toy"], torch.device("cpu"), torch.float32, "none")
+    samples = json.loads(bench.LENGTHS.read_text())["samples"][:3]
+    assert {sample["task"] for sample in samples} == {"reasoning", "generation"}
+    features, norms = bench.make_features(3), Norms(tokens=30.0, masks=2.0, pictures=1.0)
+    found = []
+    for fields in bench.STEPS[2:6]:
+        step = bench.Step(*fields)
+        model.tuner.llm.set_attn_implementation(step.attn)
+        batch = bench.make_batch(samples, model.tuner, step.budget)
+        assert batch.counts() == (sum(s["answer"] for s in samples), sum(s["masks"] for s in samples), 1)
+        found.append(step.loss(model.tuner, batch, features, norms).item())
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_padding_by_hand():
+    padding = load("padding")
+    lengths = [10, 6, 4, 2]
+    assert padding.padding_share(lengths, 4, None) == (1 - 22 / 40, 10)
+    assert padding.padding_share(lengths, 4, 12) == (1 - 22 / 24, 12)
+    assert padding.padding_share(lengths, 2, 1000) == (0.0, 11)
+    assert "| 12 | 27.4% (331) |" in padding.table(
+        [s["prompt"] + s["answer"] for s in json.loads(padding.LENGTHS.read_text())["samples"]]
+    )

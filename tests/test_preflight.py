@@ -1,0 +1,251 @@
+"""The preflight: what it finds, all at once, and what it leaves to pass."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import CLIP, clip_file, llama
+
+from pipeline.assembly import preflight
+from pipeline.assembly.needs import Needs, estimate, trained_parameters
+from pipeline.assembly.preflight import GIB, Findings
+from pipeline.config import DataArguments, ModelArguments, TrainArguments
+from pipeline.model.weight_files import check_folder
+from pipeline.runtime import stopping
+from pipeline.runtime.ranks import Ranks, free_port
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preflight")
+    llama(root / "llama")
+    clip_file(root / "clip.safetensors")
+    return root
+
+
+@pytest.fixture
+def model(made: Path, tmp_path: Path) -> Path:
+    """A copy of the LLaMA folder, to be damaged."""
+    return Path(shutil.copytree(made / "llama", tmp_path / "llama"))
+
+
+def look(made: Path, packed: Path, out: Path, world: int = 1, **changed: Any) -> Findings:
+    """What rank 0 of `world` finds with all in order but for `changed`."""
+    kinds: dict[str, Any] = {"ModelArguments": {}, "DataArguments": {}, "TrainArguments": {}}
+    values = {"base": str(made / "llama"), "clip": CLIP, "clip_weights": str(made / "clip.safetensors")}
+    values |= {"data": str(packed), "output_dir": str(out), "global_batch": 4, "bf16": "false"} | changed
+    for kind in (ModelArguments, DataArguments, TrainArguments):
+        own = {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
+        kinds[kind.__name__] = kind(**own)
+    found = Findings("n1")
+    preflight.examine(found, *kinds.values(), Ranks(0, 0, world, torch.device("cpu")))
+    return found
+
+
+def test_nothing_is_said_when_all_is_there(made: Path, packed: Path, tmp_path: Path) -> None:
+    found = look(made, packed, tmp_path / "new" / "run")
+    assert found.problems == [] and found.warnings == []
+    held = sum(t.numel() for path in (made / "llama").glob("*.safetensors") for t in load_file(path).values())
+    assert found.fixed > 4 * held
+    # It looks and leaves nothing behind.
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_problem_is_listed_at_once(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "z.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_cliping": 1.0}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    model = ModelArguments(base=str(tmp_path / "no-llm"), clip="ViT-L-14-quickgelu", clip_weights="no-clip")
+    data = DataArguments(data=f"{tmp_path}/a,{tmp_path}/b")
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="5 things to mend before this run can start") as error:
+        preflight.check(model, data, TrainArguments(output_dir=str(tmp_path), deepspeed=str(file)), ranks)
+    lines = str(error.value).splitlines()
+    assert [line[:5] for line in lines[1:]] == ["  1. ", "  2. ", "  3. ", "  4. ", "  5. "]
+    for number, words in enumerate(["no-llm", "no-clip", f"{tmp_path}/a", f"{tmp_path}/b", "gradient_cliping"], 1):
+        assert words in lines[number], lines
+    said = capsys.readouterr().out
+    assert said.count("warning: MLFLOW_TRACKING_URI") == 1 and "does not answer" in said
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"micro_batch": 3}, "--global_batch"),
+        ({"clip": "ViT-L-99"}, "ViT-L-99 is no model that open_clip knows"),
+        ({"eval_steps": 2}, "--eval_steps 2 needs a split 'valid'"),
+        ({"output_dir": "/proc/nothing"}, "/proc cannot be written"),
+    ],
+)
+def test_what_is_wrong_with_one_flag(
+    made: Path, packed: Path, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    (problem,) = look(made, packed, tmp_path, **changed).problems
+    assert words in problem
+
+
+def test_weights_that_are_not_whole(made: Path, packed: Path, model: Path, tmp_path: Path) -> None:
+    def problem(**changed: Any) -> str:
+        (said,) = look(made, packed, tmp_path / "run", base=str(model), **changed).problems
+        return said
+
+    files = sorted(model.glob("*.safetensors"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-1])
+    assert f"{files[1]} is cut off" in problem()
+    files[1].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in problem()
+    files[1].unlink()
+    assert f"the index names {files[1].name}, not in the folder" in problem()
+    files[1].write_bytes(whole)
+    tensors = load_file(files[1])
+    lost = next(iter(tensors))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost} | {"x": torch.ones(1)}, files[1])
+    assert f"lacks tensors that the index names, such as {lost}" in problem()
+    files[1].write_bytes(whole)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
+    assert "billion elements, but config.json describes" in problem()
+    (model / "config.json").write_text(json.dumps(config))
+    assert check_folder(model)
+    (model / "model.safetensors.index.json").write_text("{")
+    assert "is no index of weights" in problem()
+    for path in model.glob("model*"):
+        path.unlink()
+    assert "holds no *.safetensors" in problem()
+
+
+def test_a_folder_without_tokenizer(made: Path, packed: Path, model: Path, tmp_path: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    (problem,) = look(made, packed, tmp_path / "run", base=str(model)).problems
+    assert "the tokenizer does not load" in problem and "\n" not in problem
+
+
+def test_a_clip_that_is_cut_off(made: Path, packed: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "clip.safetensors"
+    cut.write_bytes((made / "clip.safetensors").read_bytes()[:-100])
+    (problem,) = look(made, packed, tmp_path / "run", clip_weights=str(cut)).problems
+    assert f"{cut} is cut off" in problem
+
+
+def test_gpus_that_torch_does_not_see(
+    made: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    (problem,) = look(made, packed, tmp_path).problems
+    assert "SLURM gave this job 8 GPU(s) per node" in problem
+
+
+def test_disk_space(made: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=int(0.4 * GIB)))
+    (problem,) = look(made, packed, tmp_path).problems
+    assert "0.4 GiB are free, but 3 checkpoints of" in problem
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=int(0.6 * GIB)))
+    assert look(made, packed, tmp_path).problems == []
+    # 1000 checkpoints of some 20 MB.
+    found = look(made, packed, tmp_path, save_total_limit=0, save_steps=1, max_steps=1000)
+    assert found.problems == [] and "1000 checkpoints" in found.warnings[0]
+
+
+def test_the_estimate_against_known_sizes() -> None:
+    config = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "vocab_size": 32000}
+    plain = {"z_dim": 128, "projections": "qv", "first_layer": 0, "max_objects": 8}
+    trained = trained_parameters(config, **plain, all_rows=False)
+    # The sparse network alone is 0.60 % of 13B; tests/test_tuner.py counts it in the model.
+    assert 0.0060 * 13.016e9 < trained < 0.0075 * 13.016e9
+    assert trained_parameters(config, **plain, all_rows=True) - trained == 2 * 5120 * (32000 - 1)
+
+    def of(stage: int, world: int, **zero: Any) -> Needs:
+        deepspeed = {"zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": True}}
+        return estimate(
+            config,
+            base_parameters=13.016e9,
+            trained=trained,
+            deepspeed=deepspeed,
+            world_size=world,
+            tokens=2 * 512,
+            recompute=True,
+        )
+
+    assert 24.2 * GIB < of(2, 8).fixed < 25.5 * GIB
+    assert preflight.memory_problems(of(2, 8), 80 * GIB) == []
+    (problem,) = preflight.memory_problems(of(2, 4), 24 * GIB)
+    assert "ds_configs/z3.json" in problem and "has 24" in problem
+    assert preflight.memory_problems(of(3, 4), 24 * GIB) == []
+    assert of(3, 4).fixed < of(2, 4).fixed / 3
+    assert of(3, 4, offload_param={"device": "cpu"}).fixed < 1 * GIB
+    assert of(2, 8).checkpoint == 12 * trained
+    assert of(2, 8).activations < 1.5 * GIB
+
+
+def test_ranks_of_a_node_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [Findings("n1", fixed=10 * GIB), Findings("n1"), Findings("n2", fixed=10 * GIB), Findings("n2")]
+    assert preflight.host_memory_problems(two, 21 * GIB) == []
+    (problem,) = preflight.host_memory_problems(two, 19 * GIB)
+    assert "2 rank(s) take 20 GiB of the node's 19" in problem
+    for found, gpu in zip(two, ("a", "a", "a", "b"), strict=True):
+        found.gpu = gpu
+    (problem,) = preflight.shared_gpus(two)
+    assert problem.startswith("ranks 0, 1 share one GPU on n1")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1024")
+    assert preflight._node_bytes() == GIB
+
+
+def test_what_only_some_nodes_say_bears_their_names() -> None:
+    everyone = [Findings("n1", ["a", "b"]), Findings("n2", ["b"]), Findings("n2"), Findings("n3", ["b"])]
+    assert preflight._merge(everyone, "problems") == ["on n1: a", "b"]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """A web server that knows nothing, and the paths it was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_address[1]}/", asked
+        web.shutdown()
+
+
+def test_an_mlflow_server_that_answers_anything_is_there(server: tuple[str, list[str]]) -> None:
+    uri, asked = server
+    assert preflight.mlflow_warnings(uri) == []
+    assert asked == ["/health"]
+    assert preflight.mlflow_warnings("sqlite:///x.db") == preflight.mlflow_warnings("") == []
+    assert "does not answer" in preflight.mlflow_warnings("http://host.invalid:5000")[0]
+
+
+def test_signals_are_watched_from_the_outermost_context_on() -> None:
+    import os
+    import signal
+
+    with stopping.watching() as outer:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with stopping.watching() as inner:
+            assert inner and inner.name == "SIGUSR2" and inner is outer
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer.name == "SIGTERM"
+    with stopping.watching() as fresh:
+        assert not fresh
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
