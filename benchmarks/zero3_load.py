@@ -5,9 +5,10 @@
 
 The model has LLaMA-2-13B's 40 layers and vocabulary at a fifth of its width, random weights, in bf16 safetensors of at
 most 100 MB. Each rank reads its own RssAnon (memory that is its alone) and RssFile (pages of the files, mapped, which
-the kernel takes back when it needs them) from /proc/self/status every 2 ms. malloc is told to map each weight by itself,
-as it does of its own accord with weights of 13B's size (above 32 MB): the holes that small ones leave would else be
-counted. Prints one JSON object; exit status 1 if a rank's RssAnon grew by more than its share of the base and --constant.
+the kernel takes back when it needs them) from /proc/self/status every 2 ms. malloc is told to map each weight by
+itself, as it does of its own accord with weights of 13B's size (above 32 MB): the holes that small ones leave would
+else be counted. Prints one JSON object; exit status 1 if a rank's RssAnon grew by more than its share of the base and
+--constant.
 """
 
 from __future__ import annotations
