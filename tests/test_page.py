@@ -1,7 +1,6 @@
 """The web page: what it takes and refuses, what its server gives away, and a person's visit in a real browser.
 
-The browser is Debian's or Google's, without a window; the visit is skipped where there is none. SCREENSHOT_DIR keeps
-what it saw.
+The browser has no window; the visit is skipped where there is none. SCREENSHOT_DIR keeps what it saw.
 """
 
 import io

@@ -135,15 +135,13 @@ class Planning:
 
     def given(self) -> Plan:
         """The plan of the flags as they are."""
-        if self.train.gradient_checkpointing == "attention":
-            raise ValueError("plan.py knows --gradient_checkpointing none and full: give one of them")
         file = self.train.deepspeed_file()
         zero, micro = self.zero(file, self.train.micro_batch, self.args.gpus, self.train.global_batch)
         quantisation.check(self.model.base_quant, zero.stage)
         choice = Choice(
             file=file.stem,
             micro_batch=micro,
-            checkpointing=self.train.gradient_checkpointing == "full",
+            checkpointing=self.train.gradient_checkpointing,
             quant=self.model.base_quant,
         )
         return self.planner.plan(choice, zero)

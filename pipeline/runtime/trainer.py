@@ -251,9 +251,10 @@ class Trainer:
         rates = self.engine.learning_rates
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
         metrics["lr"] = max(rates.values())
+        # Of the steps that moved the weights.
         if self._norms:
             metrics["grad_norm"], metrics["grad_norm_max"] = self._norms[-1], max(self._norms)
-            self._norms.clear()
+        self._norms.clear()
         unit_rates = getattr(self.engine.module, "unit_rates", None)
         metrics |= unit_rates() if unit_rates is not None else {}
         metrics["samples_left_out"] = self._counts["skipped"]
