@@ -53,8 +53,7 @@ def skeleton(
     tower = VisionTower.skeleton(model.clip, taps=taps)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(model), attn_implementation=ATTENTION)
-        recomputed = "full" if gradient_checkpointing else "none"
-        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=recomputed)
+        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=gradient_checkpointing)
     return tuner.to(torch.bfloat16 if bf16 else torch.float32).train(), tower
 
 
@@ -217,7 +216,7 @@ class Planning:
             "deepspeed": f"ds_configs/{plan.choice.file}.json",
             "global_batch": self.train.global_batch,
             "micro_batch": plan.choice.micro_batch,
-            "gradient_checkpointing": "full" if plan.choice.checkpointing else "none",
+            "gradient_checkpointing": plan.choice.checkpointing,
             "base_quant": plan.choice.quant,
             "packing": self.data.packing,
         }
