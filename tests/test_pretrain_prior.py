@@ -134,7 +134,7 @@ def test_the_frozen_models_see_what_they_were_trained_on() -> None:
     for pixels, side, middle, scale in ((seen, 16, mean, std), (coded, 32, (0.5,) * 3, (0.5,) * 3)):
         small = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32) / 255
         wanted = (small - np.float32(middle)) / np.float32(scale)
-        assert torch.allclose(pixels[0], torch.from_numpy(wanted).permute(2, 0, 1), atol=1e-5)
+        assert torch.allclose(pixels[0], torch.from_numpy(wanted).permute(2, 0, 1), atol=0.02)
     assert coded.abs().max() <= 1
     empty = collator([])
     assert (empty.keys, empty.counts().tokens, len(empty.pixel_values[0])) == ([], 0, 1)
