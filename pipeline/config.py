@@ -20,7 +20,8 @@ from pipeline.settings.evaluation import EvalArguments
 from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
 from pipeline.settings.model import ModelArguments
 from pipeline.settings.plan import PlanArguments
-from pipeline.settings.train import TrainArguments
+from pipeline.settings.prior import PRIOR_PRESETS, PriorArguments
+from pipeline.settings.train import RunArguments, TrainArguments
 
 __all__ = [
     "PRESETS",
@@ -34,6 +35,8 @@ __all__ = [
     "LoadArguments",
     "ModelArguments",
     "PlanArguments",
+    "PriorArguments",
+    "RunArguments",
     "TrainArguments",
     "from_dict",
     "parse",
@@ -82,12 +85,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """7b and 13b hold the paper's settings (CLIP ViT-L/14 at 224 pixels: 257 image tokens). Give --base and the rest."""
 
 
+def prior_preset_values(known: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a preset of the image prior. Raises ValueError for an unknown one."""
+    return _preset(PRIOR_PRESETS, known["preset"])
+
+
+def _preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    if name not in presets:
+        raise ValueError(f"preset must be one of {', '.join(presets)}, found {name!r}")
+    return dict(presets[name])
+
+
 def preset_values(known: Mapping[str, str]) -> dict[str, Any]:
     """The values of a preset under a mechanism. Raises ValueError for an unknown preset."""
     name = known["preset"]
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {name!r}")
-    values = dict(PRESETS[name])
+    values = _preset(PRESETS, name)
     if known.get("mechanism") == "released":
         values.pop("alpha", None)
         if name == "mini":
@@ -102,16 +114,18 @@ _T = TypeVar("_T")
 def parse(*kinds: type[Any], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """The asked-for dataclasses, filled from the command line; ends the process with a message if that cannot be.
 
-    Presets count where ModelArguments are asked for; a script that takes the model from a checkpoint has none. The
-    paths that a preset leaves open must be given, except for a plan, which reads no weights and no data.
+    Presets count where ModelArguments or PriorArguments are asked for; a script that takes the model from a checkpoint
+    has none. The paths that a preset leaves open must be given, except for a plan, which reads no weights and no data.
     """
-    from_preset = ModelArguments in kinds
+    of_prior = PriorArguments in kinds
+    from_preset = ModelArguments in kinds or of_prior
+    model_preset = prior_preset_values if of_prior else preset_values
     return command_line.parse(
         kinds,
         argv=argv,
         every_kind=KINDS,
-        preset=preset_values if from_preset else None,
-        peek=("preset", "config", "mechanism") if from_preset else (),
+        preset=model_preset if from_preset else None,
+        peek=("preset", "config", *(() if of_prior else ("mechanism",))) if from_preset else (),
         check=_check_required if from_preset and PlanArguments not in kinds else None,
         description=description,
     )
@@ -133,7 +147,8 @@ def from_dict(kind: type[_T], config: Mapping[str, Any], **changes: Any) -> _T:
 def _check_required(*arguments: Any) -> None:
     """Raises ValueError naming every flag that the preset leaves open and the command line did not give."""
     values = {field.name: getattr(part, field.name) for part in arguments for field in dataclasses.fields(part)}
-    wanted = [name for name in ("base", "clip", "data") if values.get(name) == ""]
+    required = ("clip", "vqgan", "data") if "condition_noise" in values else ("base", "clip", "data")
+    wanted = [name for name in required if values.get(name) == ""]
     if "clip_weights" in values and not values["clip_weights"] and not values["clip"].startswith("local-dir:"):
         wanted.append("clip_weights")
     if wanted:

@@ -1,7 +1,6 @@
 """The web page: what it takes and refuses, what its server gives away, and a person's visit in a real browser.
 
-The browser is Debian's or Google's, without a window; the visit is skipped where there is none. SCREENSHOT_DIR keeps
-what it saw.
+The browser has no window; the visit is skipped where there is none. SCREENSHOT_DIR keeps what it saw.
 """
 
 import io
@@ -39,7 +38,7 @@ from pipeline.runtime.ranks import free_port
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
 LIMITS = {"max_megapixels": 2, "max_bytes": 1 << 20}
-PATIENCE = int(os.environ.get("PAGE_PATIENCE", "120"))
+PATIENCE = 120
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -365,7 +364,8 @@ def test_a_visit_to_every_tab(page, tmp_path):
             if clear := visitor.all("#segment-picture button[aria-label=Clear], #segment-picture button[title=Clear]"):
                 clear[0].click()
             visitor.wait(lambda: visitor.all(chooser))[0].send_keys(str(tmp_path / name))
-            visitor.wait(lambda: not visitor.all(chooser))
+            # The preview has its address once the server has the file.
+            visitor.wait(lambda name=name: visitor.all(f"#segment-picture img[src*='{name}']"))
             visitor.go("segment", message)
             assert visitor.all("#segment-words [role=alert]") and not visitor.all("#segment-answer .nt-mask")
         visitor.keep("error")

@@ -129,7 +129,7 @@ def test_the_candidate_nearest_to_the_wish_is_kept(vqgan: VQGAN) -> None:
 
 
 def test_models_that_do_not_belong_together_are_refused(vqgan: VQGAN) -> None:
-    with pytest.raises(ValueError, match="give a prior that was trained on this VQGAN"):
+    with pytest.raises(ValueError, match="give a prior that was trained on this decoder"):
         Painter(tiny_prior(n_codes=9), vqgan, mean_colour, EMBED, Sampling())
     with pytest.raises(ValueError, match="give a prior that was trained on this CLIP"):
         Painter(tiny_prior(), vqgan, mean_colour, EMBED + 1, Sampling())

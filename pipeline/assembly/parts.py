@@ -33,9 +33,12 @@ from pipeline.model.vision import VisionTower
 
 def load_vision(model: ModelArguments, device: torch.device) -> VisionTower:
     """The frozen CLIP on its device. Raises ValueError naming what is missing or does not fit."""
-    taps = model.tap_layers(10**6) if model.clip_taps else None
-    tower = VisionTower.from_local(model.clip, model.clip_weights or None, taps=taps)
-    return tower.to(device)
+    return load_tower(model.clip, model.clip_weights, device, model.tap_layers(10**6) if model.clip_taps else None)
+
+
+def load_tower(clip: str, weights: str, device: torch.device, taps: tuple[int, ...] | None = None) -> VisionTower:
+    """The same by its settings alone."""
+    return VisionTower.from_local(clip, weights or None, taps=taps).to(device)
 
 
 def load_token_map(model: ModelArguments) -> TokenMap:
@@ -182,7 +185,7 @@ def _tune(model: ModelArguments, llm: PreTrainedModel, first: int, seed: int) ->
 def _rms(table: Any) -> float:
     """Root mean square of the LM's embeddings: the scale at which picture tokens start."""
     if table.is_meta:
-        # A planned model has no values: LLaMA's, as in ImageProjector's default.
+        # A planned model has no values; LLaMA's 0.02 stands in, as in ImageProjector's default.
         return 0.02
     assert table.numel(), "under ZeRO-3 the table is gathered here"
     return float(torch.linalg.vector_norm(table.detach(), dtype=torch.float32)) / table.numel() ** 0.5

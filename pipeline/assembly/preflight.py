@@ -176,7 +176,7 @@ def _data(found: Findings, data: DataArguments, train: TrainArguments) -> int:
         return 0
     sizes = [found.attempt(partial(_samples, folder)) for folder in folders(data.data)]
     if all(sizes) and train.eval_steps:
-        found.attempt(lambda: open_validation(data, train))
+        found.attempt(lambda: open_validation(data.data, train))
     return sum(size or 0 for size in sizes)
 
 
@@ -231,7 +231,7 @@ def _gpu_memory(found: Findings, needs: Needs, ranks: Ranks) -> None:
 
 
 _LESS_MEMORY = (
-    "take ds_configs/z3.json (the base model spread over the GPUs), --gradient_checkpointing true, or a smaller "
+    "take ds_configs/z3.json (the base model spread over the GPUs), --gradient_checkpointing full, or a smaller "
     "--micro_batch"
 )
 

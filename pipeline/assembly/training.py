@@ -14,7 +14,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from pipeline.assembly import parts
-from pipeline.config import REPO, DataArguments, ModelArguments, TrainArguments, to_dict
+from pipeline.config import REPO, DataArguments, ModelArguments, RunArguments, TrainArguments, to_dict
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Collator
 from pipeline.data.loader import build_loader
@@ -196,7 +196,7 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
-    valid = open_validation(data, train) if train.eval_steps else None
+    valid = open_validation(data.data, train) if train.eval_steps else None
     batch = plan_batch(train.global_batch, ranks.world_size, micro_batch=train.micro_batch, limit=train.max_micro_batch)
     steps = count_steps(len(dataset), train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
     optimizer = OptimizerSettings(
@@ -258,12 +258,12 @@ def attention(attn: str, packing: bool) -> str | None:
     return attn
 
 
-def open_validation(data: DataArguments, train: TrainArguments) -> MixedDataset:
+def open_validation(data: str, train: RunArguments) -> MixedDataset:
     """The split that --eval_steps goes through. Raises ValueError if it is missing or less than one global batch."""
     try:
-        valid = parts.open_split(data.data, "valid")
+        valid = parts.open_split(data, "valid")
         if len(valid) < train.global_batch:
-            raise ValueError(f"{data.data} has {len(valid)} samples, fewer than --global_batch {train.global_batch}")
+            raise ValueError(f"{data} has {len(valid)} samples, fewer than --global_batch {train.global_batch}")
     except ValueError as error:
         raise ValueError(
             f"--eval_steps {train.eval_steps} needs a split 'valid' of a global batch or more: {error}. Pack one with "
@@ -299,13 +299,13 @@ def pack_mini(ranks: Ranks) -> None:
 
 def prepare_tuner(plan: RunPlan, vision: VisionTower) -> NeuralTuner:
     """The tuned model with its initial values, in the precision of training; under ZeRO-3 the LM is in pieces."""
-    data, train, device = plan.data, plan.train, plan.ranks.device
+    model, data, train, device = plan.model, plan.data, plan.train, plan.ranks.device
     dtype = torch.bfloat16 if train.use_bf16(device.type) else torch.float32
     with runtime.loading_in_pieces(plan.deepspeed):
-        llm = parts.load_llm(plan.model, dtype, attn=attention(train.attn, data.packing), device=device)
+        llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=device)
     with runtime.whole(list(llm.get_input_embeddings().parameters())):
         tuner = parts.make_tuner(
-            plan.model,
+            model,
             llm,
             vision,
             seed=train.seed,
@@ -344,7 +344,7 @@ def log_record(tracker: Tracker, record: Mapping[str, Any], output_dir: str, ran
             f"start.{first}": {**record["machine"], "world_size": record["world_size"], "git": record["git"]},
         }
     )
-    if parent := record["config"]["TrainArguments"].get("mlflow_parent"):
+    if parent := record["config"].get("TrainArguments", {}).get("mlflow_parent"):
         tracker.set_tags({"mlflow.parentRunId": parent})
     tracker.log_artifact(path)
     if changed := git_diff(REPO):

@@ -57,7 +57,8 @@ def task_losses(
     """(weighted loss of all heads, detached sums value/<task> with their counts values/<task>).
 
     wanted, norms: a batch's targets and the numbers to divide by, by task. samples_M, states_MD: the sample and the
-    state of each of the batch's masks. A head without work gets one row of weight zero, so that every rank calls every head.
+    state of each of the batch's masks. A head without work gets one row of weight zero, so that every rank calls every
+    head.
     """
     total = states_MD.new_zeros((), dtype=torch.float32)
     sums: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""From CLIP embeddings to pictures: the image prior draws VQGAN codes, the VQGAN decodes them.
+"""From CLIP embeddings to pictures: the image prior draws codes, the image decoder (a VQGAN) makes pictures of them.
 
 Letters in shapes: G pictures, E embedding width, S picture side.
 """
@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.model.image_decoder import ImageDecoder, load_decoder
 from pipeline.model.prior import ImagePrior
-from pipeline.model.vqgan import VQGAN
 
 Embed = Callable[[list[bytes]], Tensor]
 
@@ -32,7 +32,7 @@ class Sampling:
 
 
 class Painter:
-    """An image prior with its VQGAN.
+    """An image prior with its image decoder.
 
     Args:
         embed: picture files -> their CLIP embeddings, to choose among candidates.
@@ -42,26 +42,28 @@ class Painter:
         ValueError: the two do not belong together, or the prior takes another embedding than the vision tower gives.
     """
 
-    def __init__(self, prior: ImagePrior, vqgan: VQGAN, embed: Embed, embed_dim: int, sampling: Sampling) -> None:
-        wanted, given = (vqgan.config.n_embed, vqgan.config.grid**2), (prior.config.n_codes, prior.config.n_tokens)
+    def __init__(
+        self, prior: ImagePrior, decoder: ImageDecoder, embed: Embed, embed_dim: int, sampling: Sampling
+    ) -> None:
+        wanted, given = (decoder.n_codes, decoder.n_tokens), (prior.config.n_codes, prior.config.n_tokens)
         if wanted != given:
             raise ValueError(
-                f"the prior draws {given[1]} of {given[0]} codes, but the VQGAN's pictures have {wanted[1]} of "
-                f"{wanted[0]}: give a prior that was trained on this VQGAN"
+                f"the prior draws {given[1]} of {given[0]} codes, but the decoder's pictures have {wanted[1]} of "
+                f"{wanted[0]}: give a prior that was trained on this decoder"
             )
         if prior.config.embed_dim != embed_dim:
             raise ValueError(
                 f"the prior takes embeddings of {prior.config.embed_dim} numbers, the CLIP gives {embed_dim}: "
                 "give a prior that was trained on this CLIP"
             )
-        self.prior, self.vqgan, self.embed, self.sampling = prior, vqgan, embed, sampling
+        self.prior, self.decoder, self.embed, self.sampling = prior, decoder, embed, sampling
 
     @classmethod
     def load(
         cls, prior: str, vqgan: str, embed: Embed, embed_dim: int, sampling: Sampling, device: torch.device
     ) -> Painter:
         """Reads both from their folders."""
-        models = ImagePrior.load(Path(prior)).to(device), VQGAN.load(Path(vqgan)).to(device)
+        models = ImagePrior.load(Path(prior)).to(device), load_decoder(vqgan).to(device)
         return cls(*models, embed, embed_dim, sampling)
 
     @torch.no_grad()
@@ -84,7 +86,7 @@ class Painter:
             seed=seed,
             keys=[(key, candidate) for key in keys or range(len(embedding_GE)) for candidate in range(count)],
         )
-        pixels = ((self.vqgan.pictures(codes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = ((self.decoder.pictures(codes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         drawn = [_png(picture) for picture in pixels]
         if count == 1:
             return drawn

@@ -93,7 +93,8 @@ class ImagePrior(nn.Module):
 
     def start(self, embedding_BE: Tensor) -> Tensor:
         """What the condition's slots hold, [B, K, D]."""
-        return self.condition(F.normalize(embedding_BE.float(), dim=-1)).unflatten(-1, (-1, self.config.width))
+        unit_BE = F.normalize(embedding_BE.float(), dim=-1).to(self.condition.weight.dtype)
+        return self.condition(unit_BE).unflatten(-1, (-1, self.config.width))
 
     def forward(self, embedding_BE: Tensor, codes_BN: Tensor) -> Tensor:
         """Logits [B, N, V] of the codes."""

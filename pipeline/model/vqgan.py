@@ -77,6 +77,21 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
+    @property
+    def n_codes(self) -> int:
+        """Entries of the codebook."""
+        return self.config.n_embed
+
+    @property
+    def n_tokens(self) -> int:
+        """Codes per picture."""
+        return self.config.grid**2
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.config.resolution
+
     def encode(self, pictures: Tensor) -> Tensor:
         """Continuous latents [B, embed_dim, G, G] of pictures."""
         return self.quant_conv(self.encoder(pictures))

@@ -8,7 +8,7 @@ objective is the same on any number of ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.batch import Batch, VisionFeatures
+from pipeline.data.batch import TrainingBatch
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.runtime import stopping
 from pipeline.runtime.bad_steps import BadSteps
@@ -36,8 +36,8 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        loader: Iterable[list[Batch]],
-        vision: Callable[[Tensor], VisionFeatures],
+        loader: Iterable[Sequence[TrainingBatch]],
+        vision: Callable[[Any], Any],
         tracker: Tracker,
         *,
         output_dir: str | Path,
@@ -79,9 +79,9 @@ class Trainer:
         self._meter = Meter(self.ranks.device, self.ranks.world_size, flops_per_token=flops_per_token)
         self._sums: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
+        self._norms: list[float] = []
         self._saver = Saver(engine, output_dir, keep=keep)
         self._bad = BadSteps(self.ranks, output_dir, limit=max_bad_steps, state=bad_steps)
-        self._norms: list[float] = []
         self._saved = first_step if first_step else -1
 
     def train(self) -> str:
@@ -130,7 +130,7 @@ class Trainer:
                 print(f"Stopped by a signal after step {step}; --resume auto, the default, goes on from there.")
         return ended
 
-    def _train_step(self, step: int, batches: list[Batch], stop: bool) -> bool:
+    def _train_step(self, step: int, batches: Sequence[TrainingBatch], stop: bool) -> bool:
         """One optimizer step; True if any rank was asked to stop."""
         # Whatever draws at random (dropout) does so by step and rank: a resumed run draws the same.
         torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
@@ -170,7 +170,7 @@ class Trainer:
         self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
-    def _count(self, batches: list[Batch], stop: bool) -> dict[str, float]:
+    def _count(self, batches: Sequence[TrainingBatch], stop: bool) -> dict[str, float]:
         """The global batch's counts, and whether a rank was asked to stop, in one reduction."""
         per_batch = [batch.counts() for batch in batches]
         local = {
@@ -179,7 +179,7 @@ class Trainer:
             "pictures": sum(count.pictures for count in per_batch),
             "rows": sum(len(batch.keys) for batch in batches),
             "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
-            "slots": sum(batch.input_ids.numel() for batch in batches),
+            "slots": sum(batch.slots for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
             "unsaved": float(self._saver.failed),
@@ -194,7 +194,7 @@ class Trainer:
             self._report_skipped(batches)
         return total
 
-    def _report_skipped(self, batches: list[Batch]) -> None:
+    def _report_skipped(self, batches: Sequence[TrainingBatch]) -> None:
         named = [text for found in self.ranks.gather([t for b in batches for t in b.skipped]) for text in found]
         if self.ranks.is_main:
             for text in named:

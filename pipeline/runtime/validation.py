@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from pipeline.data.collate import Collator
-from pipeline.data.loader import SampleSource, build_loader
+from pipeline.data.batch import TrainingBatch
+from pipeline.data.loader import MakeBatch, SampleSource, build_loader
 from pipeline.data.order import SampleOrder
 from pipeline.model.losses import LossWeights, Norms
-from pipeline.model.vision import VisionTower
 from pipeline.runtime.ds_config import BatchPlan
 from pipeline.runtime.engine import Engine
 
@@ -28,9 +28,9 @@ class ValidationLoss:
     def __init__(
         self,
         dataset: SampleSource,
-        collator: Collator,
+        collator: MakeBatch[TrainingBatch],
         engine: Engine,
-        vision: VisionTower,
+        vision: Callable[[Any], Any],
         tasks: Sequence[str],
         batch: BatchPlan,
         weights: LossWeights,
@@ -64,4 +64,4 @@ class ValidationLoss:
                     sums.update({name: float(value) for name, value in found.items()})
         names = sorted(sums)
         total = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
-        return {kind: total[kind] / total[count] for kind, count in _COUNT_OF.items() if total[count]}
+        return {kind: total[kind] / total[count] for kind, count in _COUNT_OF.items() if total.get(count)}
