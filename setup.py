@@ -32,14 +32,17 @@ CORE = [
 ]
 # Needed to score, not to train: pycocoevalcap is 104 MB of Java archives, torch-fidelity installs a top-level `tests`.
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
+DEMO = ["gradio>=6"]
 EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.6; platform_system == 'Linux'", "bitsandbytes>=0.48; platform_system == 'Linux'"],
-    "demo": ["gradio>=5"],
+    "demo": DEMO,
     "baselines": ["peft>=0.18"],
     "dev": [
         *EVAL,
+        *DEMO,
         "peft>=0.18",
+        "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
@@ -64,6 +67,7 @@ setup(
         "pipeline.runtime",
         "pipeline.scoring",
         "pipeline.assembly",
+        "pipeline.inference",
         "pipeline.mini",
         "pipeline.settings",
         "sparse_kernels",

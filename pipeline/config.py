@@ -17,6 +17,8 @@ from pipeline.settings.ablation import AblationArguments
 from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
+from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
+from pipeline.settings.inspection import InspectArguments
 from pipeline.settings.model import ModelArguments
 from pipeline.settings.train import TrainArguments
 
@@ -25,7 +27,12 @@ __all__ = [
     "REPO",
     "AblationArguments",
     "DataArguments",
+    "DemoArguments",
     "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "InspectArguments",
+    "LoadArguments",
     "ModelArguments",
     "TrainArguments",
     "from_dict",

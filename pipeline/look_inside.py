@@ -3,8 +3,8 @@
     python pipeline/look_inside.py                                   # runs/mini, after `make quickstart`
     python pipeline/look_inside.py --checkpoint runs/7b --split valid --samples 500
 
-Writes firing.png, overlap.png, units.md and units.json to <run>/units. The same model before tuning and places matched by
-token stand beside it as controls.
+Writes firing.png, overlap.png, units.md and units.json to <run>/units. The same model before tuning, and places matched
+by token, stand beside it as controls.
 """
 
 from __future__ import annotations

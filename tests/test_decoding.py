@@ -27,6 +27,9 @@ def force(tuner, answers):
     step = {"n": 0}
 
     def rewrite(module, args, logits):
+        if logits.dim() == 2:
+            # Not a step of decoding: the chances of task tokens.
+            return logits
         forced = torch.full_like(logits, -1e9)
         for row, answer in enumerate(answers):
             forced[row, -1, answer[min(step["n"], len(answer) - 1)]] = 0.0

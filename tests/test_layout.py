@@ -40,6 +40,7 @@ DOORS = {
     "pycocotools": ["pipeline/data/rle.py"],
     "pycocoevalcap": ["pipeline/scoring/"],
     "torchmetrics": ["pipeline/scoring/"],
+    "gradio": ["pipeline/inference/page.py"],
     "torch_fidelity": ["pipeline/scoring/"],
 }
 

@@ -4,66 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 
 from pipeline.assembly import parts
-from pipeline.config import REPO, DataArguments, EvalArguments, ModelArguments, from_dict
+from pipeline.assembly.loading import check_base, default_dtype, load_painter, open_checkpoint, untrained_tuner
+from pipeline.config import REPO, EvalArguments
 from pipeline.mini import grammar
-from pipeline.model.fingerprint import fingerprint
-from pipeline.model.initialise import initialise
-from pipeline.model.painter import Painter, Sampling
-from pipeline.runtime.checkpoint import find_latest, load_trained, read_state
+from pipeline.model.painter import Sampling
+from pipeline.runtime.checkpoint import load_trained
 from pipeline.runtime.evaluator import Evaluator, Prediction
 from pipeline.runtime.provenance import git_state, package_versions
 from pipeline.runtime.reporting import contact_sections, save_predictions
 from pipeline.runtime.tracking import Tracker
 from pipeline.scoring.contact_sheet import draw_sheet
-from pipeline.scoring.pictures import embed_pictures
 from pipeline.scoring.report import build_report, format_table, write_report
 
-Kind = TypeVar("Kind")
 CONDITIONS_IN_ORDER = ("untuned", "tuned", "shuffled")
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A checkpoint's folder and what its state.json says of the model, the data and the run."""
-
-    folder: Path
-    model: ModelArguments
-    data: DataArguments
-    state: dict[str, Any]
-
-
-def open_checkpoint(checkpoint: str, replaced: Mapping[str, str]) -> Trained:
-    """A checkpoint, or the newest whole one of a run's folder; its weights are not read yet.
-
-    Args:
-        checkpoint: the folder; empty takes runs/mini.
-        replaced: paths that stand elsewhere than when it was trained, by flag.
-
-    Raises:
-        ValueError: there is no whole checkpoint, or it was made by an incompatible version.
-    """
-    asked = Path(checkpoint or REPO / "runs" / "mini")
-    folder = asked if (asked / "state.json").is_file() else find_latest(asked)
-    if folder is None:
-        raise ValueError(
-            f"--checkpoint {asked}: there is no whole checkpoint; `deepspeed pipeline/train.py` makes one in runs/mini"
-        )
-    state = read_state(folder)
-
-    def settings(kind: type[Kind]) -> Kind:
-        own = {name: path for name, path in replaced.items() if name in get_type_hints(kind)}
-        return from_dict(kind, state["config"], **own)
-
-    return Trained(folder, settings(ModelArguments), settings(DataArguments), state)
 
 
 class Evaluation:
@@ -77,31 +36,18 @@ class Evaluation:
         self.args, self.device = args, device
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
         self.folder = Path(args.report_dir or trained.folder.parent)
-        parts.read_config(trained.model)
-        found, trained_on = fingerprint(trained.model.base), trained.state["base"]["fingerprint"]
-        if found != trained_on:
-            raise ValueError(
-                f"--base {trained.model.base} is not the model that {trained.folder} was tuned on (fingerprint "
-                f"{found[:12]} instead of {trained_on[:12]}): give the folder of the same base model"
-            )
+        check_base(trained)
         self.dataset = parts.open_split(trained.data.data, args.split)
         token_map = parts.load_token_map(trained.model)
         vision = parts.load_vision(trained.model, device)
-        painter = None
-        if trained.model.prior and trained.model.vqgan:
-            sampling = Sampling(
-                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, candidates=args.candidates
-            )
-            folders, embed = (trained.model.prior, trained.model.vqgan), partial(embed_pictures, vision)
-            painter = Painter.load(*folders, embed, vision.embed_dim, sampling, device)
-        else:
-            print("No --vqgan and --prior: pictures are neither drawn nor scored.")
-        self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.tuner = parts.make_tuner(trained.model, parts.load_llm(trained.model, dtype), vision, seed=self.seed).to(
-            device
+        sampling = Sampling(
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, candidates=args.candidates
         )
-        initialise(self.tuner, self.seed)
+        painter = load_painter(trained.model, vision, sampling, device)
+        if painter is None:
+            print("No --vqgan and --prior: pictures are neither drawn nor scored.")
+        self.seed = trained.seed
+        self.tuner = untrained_tuner(trained, vision, device, default_dtype(device))
         mini = self.dataset[0].source == "mini"
         self.evaluator = Evaluator(
             tuner=self.tuner,

@@ -10,16 +10,13 @@ import torch
 from tqdm import tqdm
 
 from pipeline.assembly import parts
-from pipeline.assembly.evaluation import open_checkpoint
+from pipeline.assembly.loading import check_base, default_dtype, open_checkpoint, untrained_tuner
 from pipeline.config import InspectArguments
 from pipeline.data.batch import Batch, VisionFeatures
 from pipeline.data.loader import build_loader
 from pipeline.data.order import SampleOrder
 from pipeline.model.firing import Firing, record
-from pipeline.model.fingerprint import check_base
-from pipeline.model.initialise import initialise
 from pipeline.runtime.checkpoint import load_trained
-from pipeline.runtime.ranks import Ranks
 from pipeline.scoring.overlap import chance, format_overlap, frequency, overlap_table
 from pipeline.scoring.overlap_figures import draw_firing, draw_overlap
 from pipeline.scoring.report import replace_text
@@ -32,17 +29,13 @@ class Inspection:
         self.args, self.device = args, device
         self.trained = trained = open_checkpoint(args.checkpoint, args.replaced)
         self.folder = Path(args.output_dir or trained.folder.parent / "units")
-        check_base(trained.model.base, trained.state["base"]["fingerprint"], trained.folder)
+        check_base(trained)
         self.dataset = parts.open_split(trained.data.data, args.split)
         self.tasks = list(trained.data.task_names)
         token_map = parts.load_token_map(trained.model)
         self.vision = parts.load_vision(trained.model, device)
-        self.seed = int(trained.state["config"]["TrainArguments"]["seed"])
-        self.collator = parts.make_collator(trained.model, trained.data, token_map, self.vision, self.seed)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        llm = parts.load_llm(trained.model, dtype)
-        self.tuner = parts.make_tuner(trained.model, llm, self.vision, seed=self.seed).to(device)
-        initialise(self.tuner, self.seed)
+        self.collator = parts.make_collator(trained.model, trained.data, token_map, self.vision, trained.seed)
+        self.tuner = untrained_tuner(trained, self.vision, device, default_dtype(device))
 
     def run(self) -> str:
         """The model as it started and as it was tuned, on the same samples; writes the files and returns the table."""
@@ -58,7 +51,8 @@ class Inspection:
         matrices = draw_overlap(found, self.tasks, by_chance, self.folder / "overlap.png")
         table = format_overlap(found, by_chance)
         places = ", ".join(f"{len(one.tokens):,} of {task}" for task, one in tuned.items())
-        note = f"{self.trained.folder.parent.name}/{self.trained.folder.name} on {self.args.split}; answer tokens: {places}."
+        folder = self.trained.folder
+        note = f"{folder.parent.name}/{folder.name} on {self.args.split}; answer tokens: {places}."
         replace_text(
             self.folder / "units.md",
             f"# Which units fire for which task\n\n![]({firing.name})\n\n![]({matrices.name})\n\n{table}\n{note}\n",

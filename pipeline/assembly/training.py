@@ -21,7 +21,7 @@ from pipeline.data.order import SampleOrder
 from pipeline.data.tokens import TokenMap
 from pipeline.data.writer import pack
 from pipeline.mini.source import MiniSource
-from pipeline.model.fingerprint import fingerprint
+from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
 from pipeline.model.tuner import NeuralTuner
@@ -154,6 +154,7 @@ class RunPlan:
             world_size=self.ranks.world_size,
             reader=self.reader,
             base=self.base,
+            clip={"fingerprint": clip_fingerprint(self.model.clip, self.model.clip_weights)},
             task_tokens={"first_id": token_map.base_vocab, "count": token_map.new_tokens},
             parameters={"all": sum(sizes.values()), "trained": trained},
         )

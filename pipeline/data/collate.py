@@ -18,7 +18,7 @@ from pipeline.data.images import shrink_mask, to_pixels
 from pipeline.data.order import Item, keyed_rng
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, MaskTokens, TaskOptions, TaskText, check_names, resolve
-from pipeline.data.tokens import TokenMap
+from pipeline.data.tokens import TokenMap, strip_tags
 
 _LEAST_ROOM = 16
 """Tokens that question and answer need at the very least."""
@@ -134,6 +134,46 @@ class Collator:
             answer_ids=[row.answer_ids for row in rows],
             skipped=[*skipped, *gone],
         )
+
+    def ask(self, keys: Sequence[str], task: str, questions: Sequence[str], *, answer: int) -> tuple[PromptBatch, int]:
+        """Prompts for questions that come without samples, and how many first positions are the same in every row.
+
+        Padding stands behind the picture's slots and before the question, so that rows about one picture begin alike.
+        pixel_values is empty: pictures are looked at apart. `answer`: tokens to leave for the answer, which may take
+        half of the room at most. Raises ValueError for a question that is empty or too long.
+        """
+        begin = self._begin + (self._image_ids if TASKS[task].needs_image else [])
+        room = self.max_length - len(begin)
+        room -= min(answer, room // 2)
+        rows = []
+        for question in questions:
+            text = question
+            # What is left of a tag within a tag may be a tag again.
+            while (without := strip_tags(text)) != text:
+                text = without
+            if not text:
+                raise ValueError("there is no text to answer: write a question or a phrase")
+            rows.append(self.token_map.encode(prompts.dialogue(text)))
+            if len(rows[-1]) > room:
+                raise ValueError(f"the text is {len(rows[-1])} tokens long, {room} fit: shorten it")
+        width = len(begin) + max(len(ids) for ids in rows)
+        input_ids = torch.full((len(rows), width), self.token_map.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        input_ids[:, : len(begin)] = torch.tensor(begin, dtype=torch.long)
+        attention_mask[:, : len(begin)] = 1
+        for r, ids in enumerate(rows):
+            input_ids[r, width - len(ids) :] = torch.tensor(ids)
+            attention_mask[r, width - len(ids) :] = 1
+        made = PromptBatch(
+            keys=list(keys),
+            tasks=[task] * len(rows),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=torch.zeros(0, 3, self.image_size, self.image_size),
+            references=[{} for _ in rows],
+            answer_ids=[[] for _ in rows],
+        )
+        return made, len(begin)
 
     def _rows(self, samples: Sequence[tuple[Sample, Item]]) -> tuple[list[_Row], list[str]]:
         rows, gone = [], []

@@ -48,6 +48,11 @@ def load(data: bytes, draft: int | None = None) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture is cut or damaged: {str(error)[:80]}") from None
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in memory as RGB, alpha laid over white, 16 bits brought to 8."""
     if image.mode.startswith("I"):
         # convert() would clip 16-bit grey at 255 and leave a white picture.
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))

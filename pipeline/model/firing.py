@@ -33,19 +33,19 @@ class Firing:
 
 @contextmanager
 def _observed(tuner: NeuralTuner) -> Iterator[list[Tensor]]:
-    """The sparse vectors [B,T,Z] of the forwards that run inside, layer after layer."""
+    """The sparse vectors [B,T,Z] of the forward that runs inside, layer after layer."""
     seen: list[Tensor] = []
     for network in tuner.networks:
-        network.observer = seen.append
+        network.observe = lambda _, za_BTZ: seen.append(za_BTZ)
     try:
         yield seen
     finally:
         for network in tuner.networks:
-            network.observer = None
+            network.observe = None
 
 
-def record(tuner: NeuralTuner, batches: Iterable[tuple[Batch, VisionFeatures]]) -> Firing:
-    """Runs the batches of one task and notes what fires.
+def record(tuner: NeuralTuner, batches: Iterable[tuple[Batch, VisionFeatures]], task: str) -> Firing:
+    """Runs the batches and notes what fires in the rows of one task (samples that cannot be asked it get another).
 
     Raises ValueError for a model without sparse networks, or one that keeps every unit outside training.
     """
@@ -55,13 +55,15 @@ def record(tuner: NeuralTuner, batches: Iterable[tuple[Batch, VisionFeatures]]) 
     with evaluating(tuner):
         if all(network.n_active == network.z_dim for network in tuner.networks):
             raise ValueError(
-                "this checkpoint keeps every unit outside training (beta 1, or inference_sparsity off): nothing to tell "
-                "its tasks apart by"
+                "this checkpoint keeps every unit outside training (beta 1, or inference_sparsity off): nothing tells "
+                "its tasks apart"
             )
         for batch, features in batches:
             with _observed(tuner) as seen:
-                tuner(batch, features, Norms(1.0, 1.0, 1.0))
+                tuner(batch, features, Norms(tokens=1.0, masks=1.0, pictures=1.0))
             rows_N, at_N = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+            own = torch.tensor([name == task for name in batch.tasks], device=rows_N.device)[rows_N]
+            rows_N, at_N = rows_N[own], at_N[own]
             fired.append(torch.stack([za_BTZ[rows_N, at_N] != 0 for za_BTZ in seen], dim=1).cpu())
             tokens.append(batch.input_ids[rows_N, at_N].cpu())
             samples.append(rows_N.cpu() + before)

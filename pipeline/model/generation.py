@@ -1,6 +1,7 @@
 """What the tuned model says and shows for a prompt, and the bookkeeping between token ids and the decoders' states.
 
-Shape suffixes: B rows, L answer tokens, D hidden, K masks of one row, S mask side, E embedding width.
+Shape suffixes: B rows, P pictures, T tokens, L answer tokens, D hidden, K masks of one row, S mask side, H and W a
+picture's height and width, E embedding width.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
 
 
 @dataclass(kw_only=True)
@@ -20,11 +23,13 @@ class Generation:
 
     ids: the answer's ids before the end token; free-running, what the model wrote; teacher-forced, its most likely id
     at each place of the right answer, up to that answer's end. object_numbers: i of each decoded <OBJ-i>, in order of
-    first mention. mask_logits [K,S,S] fp32 in that order, None without any. embedding [E] fp32, None without <GEN>.
+    first mention. object_chances: the model's probability of each of these tokens where it wrote it. mask_logits
+    [K,S,S] fp32 in that order, None without any. embedding [E] fp32, None without <GEN>.
     """
 
     ids: list[int]
     object_numbers: list[int] = field(default_factory=list)
+    object_chances: list[float] = field(default_factory=list)
     mask_logits: Tensor | None = None
     embedding: Tensor | None = None
 
@@ -95,3 +100,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def full_size(mask_logits_KSS: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Each mask [H,W] (bool) at the picture's own size (height, width).
+
+    Logits are enlarged bilinearly; a pixel belongs to the mask where the logit is above 0. One at a time: those of a
+    large picture together would fill the memory.
+    """
+    for logits_SS in mask_logits_KSS:
+        yield F.interpolate(logits_SS[None, None], size=size, mode="bilinear", align_corners=False)[0, 0] > 0
+
+
+def prefix_cache(llm: Any, embeds_BTD: Tensor, pictures_B: Tensor, length: int) -> DynamicCache:
+    """Keys and values of the first `length` positions of each row, computed once for each picture.
+
+    pictures_B: the picture of each row, 0..P-1, each at least once; rows of one picture begin alike, without padding.
+    """
+    count = int(pictures_B.max()) + 1
+    first_P = torch.stack([(pictures_B == picture).nonzero()[0, 0] for picture in range(count)])
+    cache = DynamicCache(config=llm.config)
+    llm.model(inputs_embeds=embeds_BTD[first_P, :length], past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(pictures_B)
+    return cache

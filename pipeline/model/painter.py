@@ -65,9 +65,13 @@ class Painter:
         return cls(*models, embed, embed_dim, sampling)
 
     @torch.no_grad()
-    def paint(self, embedding_GE: Tensor, seed: int) -> list[bytes]:
-        """PNG bytes of one picture per embedding; the same embeddings and seed give the same pictures."""
-        options, count = self.sampling, self.sampling.candidates
+    def paint(self, embedding_GE: Tensor, seed: int, sampling: Sampling | None = None) -> list[bytes]:
+        """PNG bytes of one picture per embedding; the same embeddings and seed give the same pictures.
+
+        sampling: another than the painter's own, for this call.
+        """
+        options = sampling or self.sampling
+        count = options.candidates
         wanted_NE = embedding_GE.repeat_interleave(count, dim=0)
         codes = self.prior.sample(
             wanted_NE, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=seed

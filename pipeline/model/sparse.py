@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class SparseNetwork(Resettable):
         """out_features: width of each tuned projection by name, e.g. {"q": 4096, "v": 1024}.
 
         depth: (place among the tuned layers, their number), for the pattern "level"; layer_index keys the draws.
+        `observe`, when set, is called with (layer_index, za [B,T,Z]) in each forward.
         """
         super().__init__()
         if not 0.0 < beta <= 1.0:
@@ -94,6 +96,7 @@ class SparseNetwork(Resettable):
         self.wz = nn.Parameter(torch.empty(z_dim, hidden))
         self.wb = nn.Parameter(torch.empty(sum(out_features.values()), z_dim))
         self.norm_weight = nn.Parameter(torch.empty(z_dim)) if norm else None
+        self.observe: Callable[[int, Tensor], None] | None = None
         self.reset("sparse_network", seed)
         self.set_step(0)
 
@@ -151,6 +154,8 @@ class SparseNetwork(Resettable):
             order = zu_BTZ.detach().argsort(dim=-1, descending=True, stable=True)
             stays = torch.zeros_like(zu_BTZ, dtype=torch.bool).scatter(-1, order, kept.expand_as(order))
             za_BTZ = torch.where(stays, zu_BTZ, 0.0)
+        if self.observe is not None:
+            self.observe(self.layer_index, za_BTZ)
         zb = F.linear(za_BTZ.to(self.wb.dtype), self.wb)
         parts = zb.split(list(self.out_features.values()), dim=-1)
         return zu_BTZ, dict(zip(self.out_features, parts, strict=True))

@@ -29,6 +29,7 @@ from pipeline.model.generation import (
     end_token_ids,
     evaluating,
     find_mentions,
+    prefix_cache,
     recorded_states,
     until_end,
 )
@@ -216,11 +217,20 @@ class NeuralTuner(nn.Module):
         return sums | {f"{count}/{task}": number[i] for i, task in enumerate(self.tasks)}
 
     def generate(
-        self, prompts: PromptBatch, features: VisionFeatures, *, max_new_tokens: int, **options: Any
+        self,
+        prompts: PromptBatch,
+        features: VisionFeatures,
+        *,
+        max_new_tokens: int,
+        pictures: Tensor | None = None,
+        shared: int = 0,
+        **options: Any,
     ) -> list[Generation]:
         """Free-running answers, greedy unless `options` (of Hugging Face's generate) say otherwise.
 
-        Raises ValueError for beam search or several answers per prompt, whose states cannot be told apart.
+        pictures [B]: which row of `features` each prompt is about; None: its own. shared: how many first positions
+        prompts about the same picture have in common; they are computed once for each picture. Raises ValueError for
+        beam search or several answers per prompt, whose states cannot be told apart.
         """
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError("generate follows one answer per prompt: leave num_beams and num_return_sequences at 1")
@@ -228,13 +238,19 @@ class NeuralTuner(nn.Module):
         if options.get("pad_token_id") is None:
             config = self.llm.generation_config
             options["pad_token_id"] = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
-        with evaluating(self), recorded_states(self.llm.get_output_embeddings()) as states:
-            ids_BL = self.llm.generate(
-                inputs_embeds=self._embed(prompts.input_ids, features),
-                attention_mask=attended(prompts.attention_mask),
-                max_new_tokens=max_new_tokens,
-                **{"do_sample": False, **options},
-            )
+        with evaluating(self):
+            if pictures is not None:
+                features = features.select(pictures)
+            embeds_BTD = self._embed(prompts.input_ids, features)
+            if pictures is not None and shared:
+                options["past_key_values"] = prefix_cache(self.llm, embeds_BTD, pictures, shared)
+            with recorded_states(self.llm.get_output_embeddings()) as states:
+                ids_BL = self.llm.generate(
+                    inputs_embeds=embeds_BTD,
+                    attention_mask=attended(prompts.attention_mask),
+                    max_new_tokens=max_new_tokens,
+                    **{"do_sample": False, **options},
+                )
             states_BLD = torch.stack(states, dim=1)
             assert states_BLD.shape[:2] == ids_BL.shape, (states_BLD.shape, ids_BL.shape)
             answers = [until_end(row, ends) for row in ids_BL.tolist()]
@@ -289,7 +305,9 @@ class NeuralTuner(nn.Module):
                 rows_G.append(row)
                 places_G.append(found.picture)
         wanted = [torch.tensor(x, dtype=torch.long, device=device) for x in (rows_M, places_M, rows_G, places_G)]
-        masks = self._masks(features, *_states_at(states_BLD, wanted[0], wanted[1])).float()
+        masked_rows, states_MD = _states_at(states_BLD, wanted[0], wanted[1])
+        masks = self._masks(features, masked_rows, states_MD).float()
+        chances_MV = self.llm.get_output_embeddings()(states_MD).float().softmax(-1)
         embeddings = self.clip_head(_states_at(states_BLD, wanted[2], wanted[3])[1]).float()
         for i, row in enumerate(rows_G):
             results[row].embedding = embeddings[i]
@@ -297,6 +315,10 @@ class NeuralTuner(nn.Module):
         for result in results:
             if count := len(result.object_numbers):
                 result.mask_logits = masks[first : first + count]
+                result.object_chances = [
+                    float(chances_MV[first + k, self.first_object + number - 1])
+                    for k, number in enumerate(result.object_numbers)
+                ]
                 first += count
         return results
 

@@ -9,6 +9,8 @@ Letters in shapes: B batch, S picture side, G side of the code grid, N = G * G c
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,8 +63,10 @@ class VQGAN(nn.Module):
             "resolution": config.resolution,
             "z_channels": config.z_channels,
         }
-        self.encoder = Encoder(double_z=False, **shape)
-        self.decoder = Decoder(**shape)
+        # taming prints the shape of its codes; standard output is for answers.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.encoder = Encoder(double_z=False, **shape)
+            self.decoder = Decoder(**shape)
         # taming's quantizer puts its beta on the codebook term: 4 there is the usual commitment weight of 0.25.
         self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, beta=4.0)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)

@@ -19,18 +19,25 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.runtime import elastic
 from pipeline.runtime.elastic import TrainedState
-from pipeline.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    # Inference reads checkpoints too and does without DeepSpeed, whose import takes seconds.
+    from pipeline.runtime.engine import Engine
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+EXPORTED_WEIGHTS, EXPORTED_STATE = "model.safetensors", "config.json"
+EXPORTED_TYPE = "neural_tuning"
+"""`model_type` in an exported config.json, as Hugging Face's libraries name what a folder holds."""
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _RUN_FILES = ("checkpoint-*", "metrics.jsonl", "run.json", "mlflow*", "mlartifacts", "artifacts", "DONE", "REQUEUE")
@@ -85,16 +92,35 @@ def load_trained(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """
     if problems := verify(path):
         raise ValueError(f"{path} is no whole checkpoint: {'; '.join(problems)}")
-    elastic.load_into(model, load_file(Path(path) / WEIGHTS))
+    try:
+        weights = load_file(Path(path) / names_in(path)[0])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole checkpoint: its weights cannot be read ({error})") from error
+    elastic.load_into(model, weights)
     return read_state(path)
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ValueError if there is none or it is of another format."""
+def is_exported(path: str | Path) -> bool:
+    """Whether a folder is what pipeline/export.py writes."""
     try:
-        state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no checkpoint: {STATE} cannot be read ({error})") from error
+        found = json.loads((Path(path) / EXPORTED_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == EXPORTED_TYPE
+
+
+def names_in(path: str | Path) -> tuple[str, str]:
+    """Names of the weights and of the facts in a checkpoint or an exported folder."""
+    return (EXPORTED_WEIGHTS, EXPORTED_STATE) if is_exported(path) else (WEIGHTS, STATE)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint, config.json of an exported one. ValueError without, or if it is of another format."""
+    name = names_in(path)[1]
+    try:
+        state = json.loads((Path(path) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint: {name} cannot be read ({error})") from error
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
     return state
@@ -111,13 +137,16 @@ def write(final: Path, tensors: TrainedState, facts: Mapping[str, Any]) -> None:
     if tensors.moments:
         save_file(tensors.moments, part / MOMENTS, metadata={"format": "pt"})
     (part / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+    seal(part, final, facts["step"])
+
+
+def seal(part: Path, final: Path, step: int) -> None:
+    """Makes the files of `part` lasting: a manifest beside them, all synced to disk, the folder renamed to `final`."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())}
     for name in files:
         _sync(part / name)
     manifest = part / MANIFEST
-    manifest.write_text(
-        json.dumps({"format": FORMAT, "step": facts["step"], "files": files}, indent=1) + "\n", encoding="utf-8"
-    )
+    manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
     _sync(manifest)
     _sync(part)
     old = final.with_name(final.name + ".old")
@@ -137,7 +166,7 @@ def verify(path: str | Path) -> list[str]:
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    problems = [f"{name} is not in the manifest" for name in (WEIGHTS, STATE) if name not in files]
+    problems = [f"{name} is not in the manifest" for name in names_in(path) if name not in files]
     for name, fact in files.items():
         part = path / name
         if Path(name).name != name or not part.is_file():

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.runtime.engine import MOMENTS, Engine
+if TYPE_CHECKING:
+    from pipeline.runtime.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of each weight, by its names in PyTorch and DeepSpeed."""
 
 
 @dataclass(kw_only=True)

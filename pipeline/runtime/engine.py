@@ -42,10 +42,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from pipeline.runtime.ds_config import OptimizerSettings, offloads
+from pipeline.runtime.elastic import MOMENTS
 from pipeline.runtime.ranks import Ranks
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state per element."""
 
 
 def start(ranks: Ranks, *, timeout_minutes: float = 30.0) -> None:

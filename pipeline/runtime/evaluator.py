@@ -12,9 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline.data import rle
@@ -23,7 +21,7 @@ from pipeline.data.collate import Collator
 from pipeline.data.loader import EvalLoader, SampleSource
 from pipeline.data.schema import Sample
 from pipeline.data.tokens import TokenMap
-from pipeline.model.generation import Generation
+from pipeline.model.generation import Generation, full_size
 from pipeline.model.painter import Painter
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
@@ -226,16 +224,12 @@ class Evaluator:
 
 
 def full_masks(generation: Generation, size: tuple[int, int]) -> list[dict[str, Any] | None]:
-    """The answer's masks at the picture's own resolution (height, width), by token number; None for a missing number.
-
-    Logits are enlarged bilinearly; a pixel belongs to the mask where the logit is above 0.
-    """
+    """The answer's masks at the picture's own (height, width), by token number; None for a missing number."""
     if generation.mask_logits is None:
         return []
-    large = F.interpolate(generation.mask_logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
     masks: list[dict[str, Any] | None] = [None] * max(generation.object_numbers)
-    for number, mask in zip(generation.object_numbers, large.cpu().numpy().astype(np.uint8), strict=True):
-        masks[number - 1] = rle.encode(mask)
+    for number, mask in zip(generation.object_numbers, full_size(generation.mask_logits, size), strict=True):
+        masks[number - 1] = rle.encode(mask.cpu().numpy())
     return masks
 
 

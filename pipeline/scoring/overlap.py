@@ -18,11 +18,19 @@ import numpy as np
 
 
 class Fired(Protocol):
-    """fired [N,L,Z] bool; tokens [N]; samples [N]: of one task."""
+    """What fired in one task, as pipeline.model.firing.Firing has it."""
 
-    fired: np.ndarray
-    tokens: np.ndarray
-    samples: np.ndarray
+    @property
+    def fired(self) -> np.ndarray:
+        """[N,L,Z] bool."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[N]: the token that stands at each place."""
+
+    @property
+    def samples(self) -> np.ndarray:
+        """[N]: the sample that each place is of."""
 
 
 def frequency(fired: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from pipeline.scoring.overlap import mean
 
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 Table = Mapping[str, Mapping[str, list[float] | None]]
 
 
@@ -31,12 +32,21 @@ def draw_firing(rates: Mapping[str, np.ndarray], path: Path) -> Path:
     with plt.rc_context(STYLE):
         layers = stacked.shape[1]
         figure, axes = plt.subplots(
-            len(tasks), 1, figsize=(7.2, 0.9 + len(tasks) * (0.55 + 0.16 * layers)), sharex=True, constrained_layout=True
+            len(tasks),
+            1,
+            figsize=(7.2, 0.9 + len(tasks) * (0.55 + 0.16 * layers)),
+            sharex=True,
+            constrained_layout=True,
         )
         image = None
         for axis, task, values in zip(np.atleast_1d(axes), tasks, stacked, strict=True):
             image = axis.imshow(
-                np.take_along_axis(values, order, axis=1), aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="none"
+                np.take_along_axis(values, order, axis=1),
+                aspect="auto",
+                cmap="magma",
+                vmin=0,
+                vmax=1,
+                interpolation="none",
             )
             axis.set_title(task, loc="left")
             axis.set_ylabel("layer")
