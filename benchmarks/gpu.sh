@@ -94,11 +94,11 @@ part mini 240 "$PYTHON" pipeline/train.py --max_steps 60 --output_dir "$OUT/mini
 if [ -e benchmarks/train_step.py ]; then
     part step_7b 420 "$PYTHON" benchmarks/train_step.py --size 7b --csv "$ROWS"
     if [ "$memory" -ge 39000 ]; then
-        part step_13b 420 "$PYTHON" benchmarks/train_step.py --size 13b --gradient_checkpointing --csv "$ROWS"
+        part step_13b 420 "$PYTHON" benchmarks/train_step.py --size 13b --gradient_checkpointing full --csv "$ROWS"
     fi
 fi
 [ -z "$kind" ] || part plan_7b 60 "$PYTHON" pipeline/plan.py --preset 7b --gpu "$kind"
-[ -z "$kind" ] || part plan_13b 60 "$PYTHON" pipeline/plan.py --preset 13b --gpu "$kind" --gradient_checkpointing True
+[ -z "$kind" ] || part plan_13b 60 "$PYTHON" pipeline/plan.py --preset 13b --gpu "$kind" --gradient_checkpointing full
 # How long does an answer take?
 if [ -e benchmarks/infer.py ]; then
     part infer_7b 300 "$PYTHON" benchmarks/infer.py --shape 7b --device cuda

@@ -18,6 +18,7 @@ from pipeline.settings.checks import REPO
 from pipeline.settings.data import DataArguments
 from pipeline.settings.evaluation import EvalArguments
 from pipeline.settings.inference import DemoArguments, ExportArguments, InferArguments, LoadArguments
+from pipeline.settings.inspection import InspectArguments
 from pipeline.settings.model import ModelArguments
 from pipeline.settings.plan import PlanArguments
 from pipeline.settings.prior import PRIOR_PRESETS, PriorArguments
@@ -32,6 +33,7 @@ __all__ = [
     "EvalArguments",
     "ExportArguments",
     "InferArguments",
+    "InspectArguments",
     "LoadArguments",
     "ModelArguments",
     "PlanArguments",

@@ -96,6 +96,8 @@ def start(script: Path, args: Sequence[Any], *, log: Path, world: int = 2, env: 
 
 def _launch(script: str, args: list[str], world: int, log: str, env: dict[str, str]) -> None:
     os.setsid()
+    # This process was told to start others by a fork server of its own; scripts have Python's default on Linux.
+    multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

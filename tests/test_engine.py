@@ -81,7 +81,6 @@ def runs(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
     bf16 = {"bf16": True, "last": 6}
     half = str(root / "half")
-    variants = {"micro 8": {"micro": 8}, "unclipped": {"clip": 0.0}, "longer": {"last": 8}}
     plans = [
         (
             1,

@@ -146,6 +146,17 @@ def test_questions_about_one_picture_share_its_features_and_prefix(model):
     assert prefix > 2 * 16 and rest < prefix, "the picture's tokens are read once, then the questions alone"
 
 
+def test_questions_about_two_pictures_keep_to_their_own(model):
+    first, second = model.look(scene(3)), model.look(scene(5))
+    with saying(model, masks=False):
+        alone = [model.reason(look, QUESTIONS[i]) for i, look in enumerate((first, second, second, first))]
+        together = model.reason([first, second, second, first], QUESTIONS[:4])
+    scores = [[each.score for each in answer.objects + answer.left_out] for answer in alone]
+    assert scores[0] != pytest.approx(scores[1], rel=1e-2)
+    for answer, wanted in zip(together, scores, strict=True):
+        assert [each.score for each in answer.objects + answer.left_out] == pytest.approx(wanted, rel=1e-3)
+
+
 def test_prompts_are_those_of_evaluation(model):
     """Free questions and a data set's samples become the same tokens and pixels."""
     sample = MiniSource().load("test", 4)

@@ -131,7 +131,7 @@ def test_trace_does_the_operations_of_the_real_forward() -> None:
     assert got == want
     assert plain.flops > want and plain.activations > 0
 
-    enable_checkpointing(skeleton.llm)
+    enable_checkpointing(skeleton.llm, "full")
     again = counting.trace_pass(skeleton, size)
     assert again.activations < plain.activations and again.flops > plain.flops
     doubled = {name: 2 * getattr(size, name) for name in ("rows", "labelled", "masks", "pictures")}

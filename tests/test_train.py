@@ -73,6 +73,10 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         args = ["--checkpoint", run, "--split", "valid", "--max_new_tokens", "8", *more]
         return {"name": name, "script": "evaluate_mmud.py", "args": [str(word) for word in args]}
 
+    def look(name: str, run: Path) -> dict[str, Any]:
+        args = ["--checkpoint", run, "--split", "train", "--samples", "4", "--batch", "2"]
+        return {"name": name, "script": "look_inside.py", "args": [str(word) for word in args]}
+
     saved = world.one / "checkpoint-2"
     unknown = train("unknown flag")
     unknown["args"] += ["--global-bach", "8"]
@@ -120,6 +124,8 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         ),
         evaluate("scores released", world.root / "released", "--limit", "1"),
         evaluate("scores lora", world.root / "lora", "--limit", "1"),
+        look("units", world.one),
+        look("no units", world.root / "lora"),
     ]
     (world.root / "plan.json").write_text(json.dumps(plan))
     world.start(sys.executable, "tests/scripts_job.py", world.root / "plan.json", world.root / "facts.json")
@@ -199,6 +205,17 @@ def test_peft_adapters_train_in_the_same_pipeline(world: World, jobs: Mapping[st
     assert all(value.any() for name, value in trained["lora"].items() if "lora_B" in name)
     assert any((value != 1).any() for name, value in trained["ia3"].items() if "ia3_l" in name)
     assert jobs["scores lora"]["code"] == 0, jobs["scores lora"]["err"]
+
+
+def test_look_inside_any_checkpoint(world: World, jobs: Mapping[str, Any]) -> None:
+    assert jobs["units"]["code"] == 0, jobs["units"]["err"]
+    assert "| reasoning and caption |" in jobs["units"]["out"]
+    folder = world.one / "units"
+    assert {path.name for path in folder.iterdir()} == {"firing.png", "overlap.png", "units.md", "units.json"}
+    data = json.loads((folder / "units.json").read_text())
+    assert len(data["rates"]["caption"]) == LAYERS
+    assert jobs["no units"]["code"] == 2
+    assert "has no sparse network" in jobs["no units"]["err"]
 
 
 def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,15 +46,14 @@ def llm_config(model: ModelArguments) -> PreTrainedConfig:
 
 
 def skeleton(
-    model: ModelArguments, *, gradient_checkpointing: bool = False, bf16: bool = True
+    model: ModelArguments, *, gradient_checkpointing: str = "none", bf16: bool = True
 ) -> tuple[NeuralTuner, VisionTower]:
     """The tuned model and CLIP by the constructors of training, on the meta device: shapes without content."""
     taps = model.tap_layers(10**6) if model.clip_taps else None
     tower = VisionTower.skeleton(model.clip, taps=taps)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config(model), attn_implementation=ATTENTION)
-        recomputed = "full" if gradient_checkpointing else "none"
-        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=recomputed)
+        tuner = parts.make_tuner(model, llm, tower, seed=0, gradient_checkpointing=gradient_checkpointing)
     return tuner.to(torch.bfloat16 if bf16 else torch.float32).train(), tower
 
 
@@ -68,11 +67,11 @@ class Planning:
         if plan.gpus_per_node:
             self.gpu = dataclasses.replace(self.gpu, per_node=plan.gpus_per_node)
         self.bf16 = train.use_bf16("cuda")
-        self._traces: dict[tuple[int, bool], tuple[Traced, float]] = {}
-        self._models: dict[bool, NeuralTuner] = {}
-        self._tuner(False)
+        self._traces: dict[tuple[int, str], tuple[Traced, float]] = {}
+        self._models: dict[str, NeuralTuner] = {}
+        self._tuner("none")
 
-    def _tuner(self, checkpointing: bool) -> NeuralTuner:
+    def _tuner(self, checkpointing: str) -> NeuralTuner:
         if checkpointing not in self._models:
             tuner, self.tower = skeleton(self.model, gradient_checkpointing=checkpointing, bf16=self.bf16)
             self._models[checkpointing] = tuner
@@ -81,7 +80,7 @@ class Planning:
     @cached_property
     def count(self) -> Parameters:
         """Numbers of parameters."""
-        return counting.count_parameters(self._tuner(False), self.tower)
+        return counting.count_parameters(self._tuner("none"), self.tower)
 
     @cached_property
     def workload(self) -> Workload:
@@ -92,7 +91,7 @@ class Planning:
             samples=self.args.samples,
             epochs=self.train.epochs,
             global_batch=self.train.global_batch,
-            image_tokens=self._tuner(False).projector.n_tokens(self.tower.grid),
+            image_tokens=self._tuner("none").projector.n_tokens(self.tower.grid),
             text_tokens=self.args.text_tokens,
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
@@ -107,7 +106,7 @@ class Planning:
             llm = AutoModelForCausalLM.from_config(llm_config(self.model), attn_implementation=ATTENTION)
         return counting.forward_tmac(llm, self.workload.image_tokens + round(self.args.text_tokens))
 
-    def trace(self, samples: int, checkpointing: bool) -> tuple[Traced, float]:
+    def trace(self, samples: int, checkpointing: str) -> tuple[Traced, float]:
         """The traced pass of so many samples, and the mean share of its work."""
         key = (samples, checkpointing)
         if key not in self._traces:
@@ -129,21 +128,19 @@ class Planning:
             plan=batch,
             optimizer=OptimizerSettings(lr=self.train.lr, max_grad_norm=self.train.max_grad_norm),
             bf16=self.bf16,
-            hidden_size=self._tuner(False).llm.config.hidden_size,
+            hidden_size=self._tuner("none").llm.config.hidden_size,
         )
         return Zero.of(config, ranks), batch.micro_batch
 
     def given(self) -> Plan:
         """The plan of the flags as they are."""
-        if self.train.gradient_checkpointing == "attention":
-            raise ValueError("plan.py knows --gradient_checkpointing none and full: give one of them")
         file = self.train.deepspeed_file()
         zero, micro = self.zero(file, self.train.micro_batch, self.args.gpus, self.train.global_batch)
         quantisation.check(self.model.base_quant, zero.stage)
         choice = Choice(
             file=file.stem,
             micro_batch=micro,
-            checkpointing=self.train.gradient_checkpointing == "full",
+            checkpointing=self.train.gradient_checkpointing,
             quant=self.model.base_quant,
         )
         return self.planner.plan(choice, zero)
@@ -179,7 +176,7 @@ class Planning:
         """Writes the curves as a PNG."""
         title = (
             f"{self.model.preset} on {self.gpu.name}, {self.gpu.per_node} per node, {plan.choice.micro_batch} samples "
-            f"per GPU and step{', checkpointed' if plan.choice.checkpointing else ''}, {self.train.epochs:g} epochs"
+            f"per GPU and step, checkpointing {plan.choice.checkpointing}, {self.train.epochs:g} epochs"
         )
         plot.draw(self.curves(plan), title, Path(path))
 
@@ -219,7 +216,7 @@ class Planning:
             "deepspeed": f"ds_configs/{plan.choice.file}.json",
             "global_batch": self.train.global_batch,
             "micro_batch": plan.choice.micro_batch,
-            "gradient_checkpointing": "full" if plan.choice.checkpointing else "none",
+            "gradient_checkpointing": plan.choice.checkpointing,
             "base_quant": plan.choice.quant,
             "packing": self.data.packing,
         }

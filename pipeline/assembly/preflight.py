@@ -231,7 +231,7 @@ def _gpu_memory(found: Findings, needs: Needs, ranks: Ranks) -> None:
 
 
 _LESS_MEMORY = (
-    "take ds_configs/z3.json (the base model spread over the GPUs), --gradient_checkpointing true, or a smaller "
+    "take ds_configs/z3.json (the base model spread over the GPUs), --gradient_checkpointing full, or a smaller "
     "--micro_batch"
 )
 

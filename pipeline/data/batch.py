@@ -7,7 +7,7 @@ embedding, N patches of the vision tower, C its width.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,40 @@ def _map_tensors(holder: _Holder, change: Callable[[Tensor], Tensor]) -> _Holder
 
     assert dataclasses.is_dataclass(holder) and not isinstance(holder, type)
     return dataclasses.replace(holder, **{f.name: apply(getattr(holder, f.name)) for f in dataclasses.fields(holder)})
+
+
+class TrainingBatch(Protocol):
+    """What the loader and the trainer ask of a micro-batch, whatever model it is for."""
+
+    @property
+    def keys(self) -> list[str]:
+        """One per sample."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """One per sample."""
+
+    @property
+    def skipped(self) -> list[str]:
+        """ "key: reason" of the samples that could not be read."""
+
+    @property
+    def pixel_values(self) -> Any:
+        """What the frozen models see."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B,T]: 1 on tokens."""
+
+    @property
+    def slots(self) -> int:
+        """Places for tokens, padding included."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """A copy on `device`."""
+
+    def counts(self) -> Counts:
+        """What the losses are averaged over."""
 
 
 @dataclass(kw_only=True)
@@ -126,6 +160,11 @@ class Batch:
         """[B,T] long, 1 on tokens, 0 on padding."""
         return (self.segment_ids != NO_SAMPLE).long()
 
+    @property
+    def slots(self) -> int:
+        """Places for tokens, padding included."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on `device`; asynchronous from pinned memory."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -154,6 +193,16 @@ class PictureBatch:
     pixel_values: tuple[Tensor, Tensor]
     attention_mask: Tensor
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        """One per row."""
+        return ["picture"] * len(self.keys)
+
+    @property
+    def slots(self) -> int:
+        """Places for codes."""
+        return self.attention_mask.numel()
 
     def to(self, device: torch.device | str) -> "PictureBatch":
         """A copy on `device`; asynchronous from pinned memory."""

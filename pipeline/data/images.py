@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 MAX_PIXELS = 64_000_000
@@ -25,6 +25,9 @@ def open_picture(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"the picture is larger than the limit of {MAX_PIXELS} pixels: shrink it first") from None
+    except UnidentifiedImageError:
+        # Its own text names an object in memory.
+        raise ValueError("the picture is no readable JPEG or PNG") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"the picture is no readable JPEG or PNG: {str(error)[:80]}") from None
     if image.width * image.height > MAX_PIXELS:

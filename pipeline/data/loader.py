@@ -5,23 +5,31 @@ go on after a stop is therefore one number, the trained step, whatever the worke
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.batch import PromptBatch
+from pipeline.data.batch import PromptBatch, TrainingBatch
 from pipeline.data.collate import Collator
 from pipeline.data.order import Item, SampleOrder, rank_slice
 from pipeline.data.schema import Sample
 from pipeline.data.tasks import TASKS, check_names
 
-Collate = Callable[..., Any]
-"""(samples with their items, "key: reason" of the unreadable) -> a Batch, or whatever the Trainer takes for one."""
 EVAL_EPOCH = -1
 """The `epoch` that scoring's draws are keyed by: none of training's, and the same in every run."""
 _GRACE = 200
 """Samples seen before the share of bad ones is judged; one bad picture among the first ten says nothing."""
+
+
+_Batch = TypeVar("_Batch", bound=TrainingBatch)
+_Made = TypeVar("_Made", covariant=True)
+
+
+class MakeBatch(Protocol[_Made]):
+    """From samples and their places in the order to one micro-batch; `skipped` names what could not be read."""
+
+    def __call__(self, pairs: Sequence[tuple[Sample, Item]], skipped: Sequence[str], /) -> _Made: ...
 
 
 class SampleSource(Protocol):
@@ -43,14 +51,14 @@ def _read(dataset: SampleSource, items: Sequence[Item]) -> tuple[list[tuple[Samp
     return good, bad
 
 
-class StepDataset(Dataset[list[Any]]):
+class StepDataset(Dataset[list[_Batch]], Generic[_Batch]):
     """`steps[s]` -> the micro-batches of this rank in step s; the same number of them on every rank, in every step."""
 
     def __init__(
         self,
         dataset: SampleSource,
         order: SampleOrder,
-        collator: Collate,
+        collator: MakeBatch[_Batch],
         *,
         rank: int,
         world: int,
@@ -72,7 +80,7 @@ class StepDataset(Dataset[list[Any]]):
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step)
 
-    def __getitem__(self, step: int) -> list[Any]:
+    def __getitem__(self, step: int) -> list[_Batch]:
         mine = rank_slice(self.order.items(step), self.rank, self.world)
         micros = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         return [self.collator(*_read(self.dataset, items)) for items in micros]
@@ -84,13 +92,13 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-class StepLoader:
+class StepLoader(Generic[_Batch]):
     """Iterates over (step, micro-batches). Counts the samples that were skipped and stops when they are too many.
 
     `seen` and `skipped` are this rank's counts since the loader was made; `skipped_keys` names the first 100.
     """
 
-    def __init__(self, loader: DataLoader[Any], steps: StepDataset, max_bad_share: float) -> None:
+    def __init__(self, loader: DataLoader[Any], steps: StepDataset[_Batch], max_bad_share: float) -> None:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be within 0..1, found {max_bad_share}")
         self._loader, self._steps, self._max_bad_share = loader, steps, max_bad_share
@@ -101,12 +109,12 @@ class StepLoader:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[_Batch]]]:
         for step, batches in enumerate(self._loader, start=self._steps.first_step):
             self._count(batches)
             yield step, batches
 
-    def _count(self, batches: list[Any]) -> None:
+    def _count(self, batches: list[_Batch]) -> None:
         gone = [line for batch in batches for line in batch.skipped]
         self.seen += len(gone) + sum(len(batch.keys) for batch in batches)
         self.skipped += len(gone)
@@ -122,7 +130,7 @@ class StepLoader:
 def build_loader(
     dataset: SampleSource,
     order: SampleOrder,
-    collator: Collate,
+    collator: MakeBatch[_Batch],
     *,
     rank: int = 0,
     world: int = 1,
@@ -133,7 +141,7 @@ def build_loader(
     max_bad_share: float = 0.01,
     pin_memory: bool = False,
     prefetch: int = 2,
-) -> StepLoader:
+) -> StepLoader[_Batch]:
     """The training loader for steps first_step .. last_step-1; `prefetch` is in steps per worker."""
     steps = StepDataset(
         dataset,

@@ -17,13 +17,17 @@ FILES = ("z1", "z2", "z2_offload", "z3", "z3_offload")
 """The DeepSpeed files that are tried, the simplest first."""
 
 
+CHECKPOINTING = ("none", "attention", "full")
+"""What is recomputed in the backward pass, the least first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """What a search may choose, named as the flags are."""
 
     file: str
     micro_batch: int
-    checkpointing: bool
+    checkpointing: str
     quant: str
 
 
@@ -56,8 +60,8 @@ class Plan:
         return self.memory.fits(self.gpu)
 
 
-Tracer = Callable[[int, bool], tuple[Traced, float]]
-"""(samples of a pass, whether checkpointed) -> its trace and the mean share of its work."""
+Tracer = Callable[[int, str], tuple[Traced, float]]
+"""(samples of a pass, what is checkpointed) -> its trace and the mean share of its work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ class Planner:
     def plan(self, choice: Choice, zero: Zero) -> Plan:
         """Memory and time of one choice under a filled DeepSpeed configuration."""
         passed, share = self.trace(choice.micro_batch, choice.checkpointing)
-        needed = passed if not choice.checkpointing else self.trace(choice.micro_batch, False)[0]
+        needed = self.trace(choice.micro_batch, "none")[0]
         vision = self.trace_vision(choice.micro_batch)
         return Plan(
             choice=choice,
@@ -87,7 +91,7 @@ class Planner:
                 vision,
                 share=share,
                 quant=choice.quant,
-                recomputed=choice.checkpointing,
+                recomputed=choice.checkpointing == "full",
             ),
             flops=zero.accumulation * share * needed.flops,
             workload=self.workload,
@@ -114,7 +118,7 @@ class Planner:
     def _choices(self, ranks: int, quants: tuple[str, ...]) -> Iterator[Choice]:
         share = self.workload.global_batch // ranks
         sizes = [number for number in range(share, 0, -1) if share % number == 0]
-        for quant, file, checkpointing, micro in itertools.product(quants, FILES, (False, True), sizes):
+        for quant, file, checkpointing, micro in itertools.product(quants, FILES, CHECKPOINTING, sizes):
             # bitsandbytes' packed weights cannot be cut up by ZeRO-3.
             if quant == "none" or not file.startswith("z3"):
                 yield Choice(file=file, micro_batch=micro, checkpointing=checkpointing, quant=quant)

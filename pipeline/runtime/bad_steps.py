@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TrainingBatch
 from pipeline.runtime.ranks import Ranks
 
 FILE = "bad_steps.jsonl"
@@ -38,7 +38,7 @@ class BadSteps:
         """A step that moved the weights."""
         self.in_a_row = 0
 
-    def bad(self, step: int, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+    def bad(self, step: int, batches: Sequence[TrainingBatch], losses: Sequence[float]) -> None:
         """A step (counted from 0) that did not. Collective: every rank calls it with its micro-batches.
 
         Raises FloatingPointError naming the samples when it is the `limit`-th in a row.

@@ -41,17 +41,8 @@ EXPORTED_TYPE = "neural_tuning"
 # A checkpoint that one of the same step replaces bears `.old` for an instant; a kill there must not lose it.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 _RUN_FILES = (
-    *(
-        "checkpoint-*",
-        "metrics.jsonl",
-        "bad_steps.jsonl",
-        "run.json",
-        "git.diff",
-        "mlflow*",
-        "mlartifacts",
-        "artifacts",
-    ),
-    *("DONE", "REQUEUE", "system_metrics.jsonl", "outbox.jsonl", "registered"),
+    *("checkpoint-*", "metrics.jsonl", "bad_steps.jsonl", "run.json", "git.diff", "mlflow*", "mlartifacts"),
+    *("artifacts", "DONE", "REQUEUE", "system_metrics.jsonl", "outbox.jsonl", "registered"),
 )
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ objective is the same on any number of ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TrainingBatch
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.runtime import stopping
 from pipeline.runtime.bad_steps import BadSteps
@@ -36,7 +36,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        loader: Iterable[list[Any]],
+        loader: Iterable[Sequence[TrainingBatch]],
         vision: Callable[[Any], Any],
         tracker: Tracker,
         *,
@@ -130,7 +130,7 @@ class Trainer:
                 print(f"Stopped by a signal after step {step}; --resume auto, the default, goes on from there.")
         return ended
 
-    def _train_step(self, step: int, batches: list[Batch], stop: bool) -> bool:
+    def _train_step(self, step: int, batches: Sequence[TrainingBatch], stop: bool) -> bool:
         """One optimizer step; True if any rank was asked to stop."""
         # Whatever draws at random (dropout) does so by step and rank: a resumed run draws the same.
         torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
@@ -170,7 +170,7 @@ class Trainer:
         self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
 
-    def _count(self, batches: list[Batch], stop: bool) -> dict[str, float]:
+    def _count(self, batches: Sequence[TrainingBatch], stop: bool) -> dict[str, float]:
         """The global batch's counts, and whether a rank was asked to stop, in one reduction."""
         per_batch = [batch.counts() for batch in batches]
         local = {
@@ -179,7 +179,7 @@ class Trainer:
             "pictures": sum(count.pictures for count in per_batch),
             "rows": sum(len(batch.keys) for batch in batches),
             "all_tokens": sum(int(batch.attention_mask.sum()) for batch in batches),
-            "slots": sum(batch.attention_mask.numel() for batch in batches),
+            "slots": sum(batch.slots for batch in batches),
             "skipped": sum(len(batch.skipped) for batch in batches),
             "stop": float(stop),
             "unsaved": float(self._saver.failed),
@@ -194,7 +194,7 @@ class Trainer:
             self._report_skipped(batches)
         return total
 
-    def _report_skipped(self, batches: list[Batch]) -> None:
+    def _report_skipped(self, batches: Sequence[TrainingBatch]) -> None:
         named = [text for found in self.ranks.gather([t for b in batches for t in b.skipped]) for text in found]
         if self.ranks.is_main:
             for text in named:
@@ -251,9 +251,10 @@ class Trainer:
         rates = self.engine.learning_rates
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()} if len(set(rates.values())) > 1 else {}
         metrics["lr"] = max(rates.values())
+        # Of the steps that moved the weights.
         if self._norms:
             metrics["grad_norm"], metrics["grad_norm_max"] = self._norms[-1], max(self._norms)
-            self._norms.clear()
+        self._norms.clear()
         unit_rates = getattr(self.engine.module, "unit_rates", None)
         metrics |= unit_rates() if unit_rates is not None else {}
         metrics["samples_left_out"] = self._counts["skipped"]

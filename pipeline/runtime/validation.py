@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.data.loader import Collate, SampleSource, build_loader
+from pipeline.data.batch import TrainingBatch
+from pipeline.data.loader import MakeBatch, SampleSource, build_loader
 from pipeline.data.order import SampleOrder
 from pipeline.model.losses import LossWeights, Norms
 from pipeline.runtime.ds_config import BatchPlan
@@ -27,7 +28,7 @@ class ValidationLoss:
     def __init__(
         self,
         dataset: SampleSource,
-        collator: Collate,
+        collator: MakeBatch[TrainingBatch],
         engine: Engine,
         vision: Callable[[Any], Any],
         tasks: Sequence[str],

@@ -5,7 +5,8 @@ FID, KID and IS are defined by one network, the Inception v3 of 2015-12-05; feat
 in the space of the run's CLIP are named CLIP Fréchet and CLIP kernel distance, never FID or KID.
 
 torchmetrics is given features instead of pictures (its metrics take any module for the network, here none), so that
-features are computed once, saved with the predictions, and scored again without a network. Its random draws (KID's
+features are computed once, saved with the predictions, and scored again without a network. They are all there on the
+first rank, which scores alone: its metrics must not wait for the others (sync_on_compute). Its random draws (KID's
 subsets, IS's splits) are seeded here.
 
 Letters in shapes: n pictures, E features, C classes.
@@ -92,7 +93,7 @@ def frechet_distance(true_nE: np.ndarray, made_nE: np.ndarray) -> float | None:
 
     if min(len(true_nE), len(made_nE)) < 2:
         return None
-    metric = FrechetInceptionDistance(feature=_Given(true_nE.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Given(true_nE.shape[1]), sync_on_compute=False)
     metric.update(torch.from_numpy(true_nE).double(), real=True)
     metric.update(torch.from_numpy(made_nE).double(), real=False)
     return float(metric.compute())
@@ -112,7 +113,9 @@ def kernel_distance(true_nE: np.ndarray, made_nE: np.ndarray, *, seed: int = 0) 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(feature=_Given(true_nE.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Given(true_nE.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
         metric.update(torch.from_numpy(true_nE).double(), real=True)
         metric.update(torch.from_numpy(made_nE).double(), real=False)
         mean, std = metric.compute()
@@ -128,7 +131,7 @@ def inception_score(logits_nC: np.ndarray, *, seed: int = 0, splits: int = IS_SP
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        metric = InceptionScore(feature=_Given(logits_nC.shape[1]), splits=splits)
+        metric = InceptionScore(feature=_Given(logits_nC.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(torch.from_numpy(logits_nC).double())
         mean, std = metric.compute()
     return {"mean": float(mean), "std": float(std), "splits": splits}
