@@ -185,7 +185,9 @@ def train_steps(
     """The loop of trainer.py in its barest form, so that the engine is tested alone."""
     vision, weights = ToyVision(), LossWeights()
     for batches in toy_loader(ranks, case.get("micro", 2), first, last):
-        counts = ranks.sum([float(sum(column)) for column in zip(*(batch.counts() for batch in batches), strict=True)])
+        counts = ranks.sum(
+            [float(sum(column)) for column in zip(*(batch.counts()[:3] for batch in batches), strict=True)]
+        )
         scale = 1.0 / (ranks.world_size * len(batches))
         norms = Norms(tokens=counts[0] * scale, masks=counts[1] * scale, pictures=counts[2] * scale)
         total = 0.0

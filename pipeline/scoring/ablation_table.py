@@ -28,6 +28,11 @@ class Row:
     column: str = ""
 
 
+COLUMNS = (
+    *("referring_miou", "referring_oiou", "reasoning_miou", "reasoning_oiou"),
+    *("caption_bleu4", "caption_cider", "caption_object_f1", "picture_text_r1_of_50", "picture_clip_cosine"),
+)
+"""What table.md shows; table.csv and table.json have every score."""
 Figures = Mapping[str, Mapping[str, float] | None]
 """Score -> mean, std (0 for one seed) and values; None where no run has it."""
 
@@ -69,8 +74,8 @@ def write_table(
 
 
 def _shown(by_row: Mapping[str, Figures]) -> list[str]:
-    """The scores that some row has."""
-    return [name for name in SCORES if any(row[name] for row in by_row.values())]
+    """The columns that some row has a score for."""
+    return [name for name in COLUMNS if any(row[name] for row in by_row.values())]
 
 
 def _cell(found: Mapping[str, float] | None, digits: int) -> str:
