@@ -143,7 +143,8 @@ class Tracker:
     def close(self, status: str = "FINISHED", *, seconds: float | None = None) -> None:
         """Sends what is left; status: FINISHED, KILLED (goes on later) or FAILED. A guest's counts for nothing.
 
-        seconds: to wait at most; None takes 60 for a local database (making one takes a while), 20 for a server.
+        seconds: to wait at most; None takes 60 for a local database (making one takes a while), 20 for a server, and
+        5 when the run has failed: its launcher kills the ranks soon, and they have yet to say why it failed.
         """
         if not self.enabled or self._closed:
             return
@@ -154,7 +155,8 @@ class Tracker:
                 file.close()
         self._closing.set()
         self._news.set()
-        self._thread.join(seconds or (60.0 if self._store.is_local else 20.0))
+        patience = 5.0 if status == "FAILED" else 60.0 if self._store.is_local else 20.0
+        self._thread.join(seconds or patience)
         if self.unsent:
             self._notify(
                 f"MLflow ({self._store.uri}) did not take everything: it is all in {self.folder} and is sent when the "
