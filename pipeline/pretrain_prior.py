@@ -12,7 +12,6 @@ flag.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from pipeline.assembly import parts
@@ -22,9 +21,9 @@ from pipeline.config import PriorArguments, RunArguments, parse
 from pipeline.model.prior_training import PictureCoder
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
-from pipeline.runtime.faults import explain
-from pipeline.runtime.ranks import Ranks, detect, tell_failure
-from pipeline.runtime.stopping import DONE, watching
+from pipeline.runtime.entry import run_ranks
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.stopping import DONE
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
@@ -92,25 +91,9 @@ def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
 
 
 def main() -> int:
-    """Parse, run, close; an error is told once, by the first rank that it meets; what a user can mend is one line."""
+    """Parse and run; returns the exit status."""
     args, settings = parse(PriorArguments, RunArguments, description=__doc__)
-    ranks = None
-    try:
-        with watching():
-            ranks = detect()
-            runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * settings.hang_timeout / 60.0))
-            run(args, settings, ranks)
-        return 0
-    except Exception as error:
-        text, status = explain(error, "pretrain_prior.py")
-        tell_failure(text)
-        return status
-    except KeyboardInterrupt:
-        if ranks is None or ranks.is_main:
-            print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)
-        return 130
-    finally:
-        runtime.close()
+    return run_ranks("pretrain_prior.py", lambda ranks: run(args, settings, ranks), hang_timeout=settings.hang_timeout)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ that is missing or does not fit is listed; with --preflight that is all it does.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from pipeline.assembly import training as assembly
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
 from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
-from pipeline.runtime.faults import explain
-from pipeline.runtime.ranks import Ranks, detect, tell_failure
-from pipeline.runtime.stopping import DONE, watching
+from pipeline.runtime.entry import run_ranks
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.stopping import DONE
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
@@ -110,25 +109,9 @@ def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
 
 
 def main() -> int:
-    """Parse, run, close; an error is told once, by the first rank that it meets; what a user can mend is one line."""
+    """Parse and run; returns the exit status."""
     model, data, train = parse(ModelArguments, DataArguments, TrainArguments, description=__doc__)
-    ranks = None
-    try:
-        with watching():
-            ranks = detect()
-            runtime.start(ranks, timeout_minutes=max(30.0, 2.0 * train.hang_timeout / 60.0))
-            run(model, data, train, ranks)
-        return 0
-    except Exception as error:
-        text, status = explain(error, "train.py")
-        tell_failure(text)
-        return status
-    except KeyboardInterrupt:
-        if ranks is None or ranks.is_main:
-            print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)
-        return 130
-    finally:
-        runtime.close()
+    return run_ranks("train.py", lambda ranks: run(model, data, train, ranks), hang_timeout=train.hang_timeout)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from engine_job import ToyVision, build, toy_loader
 from pipeline.data.batch import Batch
 from pipeline.runtime import checkpoint
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.faults import explain
-from pipeline.runtime.ranks import Ranks, detect, tell_failure
+from pipeline.runtime.entry import run_ranks
+from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracking import Tracker
 from pipeline.runtime.trainer import Trainer
 
@@ -108,17 +108,7 @@ def main() -> int:
     """As train.py's."""
     options = json.loads(Path(sys.argv[-1]).read_text())
     torch.set_num_threads(1)
-    ranks = detect()
-    runtime.start(ranks)
-    try:
-        train(options, ranks)
-        return 0
-    except Exception as error:
-        text, status = explain(error, "trainer_job.py")
-        tell_failure(text)
-        return status
-    finally:
-        runtime.close()
+    return run_ranks("trainer_job.py", lambda ranks: train(options, ranks), hang_timeout=0.0)
 
 
 if __name__ == "__main__":
