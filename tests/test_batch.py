@@ -99,7 +99,7 @@ def test_labels_positions_and_targets_belong_together(samples, token_map):
     assert set(batch.masks.unique().tolist()) == {0.0, 1.0}
     assert [batch.tasks[r] for r in batch.gen_rows] == ["generation"] * 2
     assert (batch.input_ids[batch.gen_rows, batch.gen_positions] == token_map.gen_id).all()
-    assert batch.counts() == (int((batch.labels != IGNORE).sum()), len(batch.masks), 2)
+    assert batch.counts() == (int((batch.labels != IGNORE).sum()), len(batch.masks), 2, {})
     assert batch.clip_targets is None
 
 
@@ -162,7 +162,7 @@ def test_damaged_samples_are_skipped_and_named(samples, token_map):
     assert samples[0].key in batch.skipped[0]
     empty = collator(token_map)([(broken, Item(0, 0, "caption"))], ["other: cut"])
     assert empty.input_ids.shape == (1, 1)
-    assert empty.counts() == (0, 0, 0)
+    assert empty.counts() == (0, 0, 0, {})
     assert empty.pixel_values.shape == (1, 3, 32, 32)
     assert len(empty.skipped) == 2
     assert int(empty.attention_mask.sum()) == 0

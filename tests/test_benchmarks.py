@@ -35,7 +35,7 @@ def test_all_steps_of_a_model_compute_the_same_loss(kind):
         step = bench.Step(*fields)
         model.tuner.llm.set_attn_implementation(step.attn)
         batch = bench.make_batch(samples, model.tuner, step.budget)
-        assert batch.counts() == (sum(s["answer"] for s in samples), sum(s["masks"] for s in samples), 1)
+        assert batch.counts() == (sum(s["answer"] for s in samples), sum(s["masks"] for s in samples), 1, {})
         found.append(step.loss(model.tuner, batch, features, norms).item())
     assert found == pytest.approx([found[0]] * 4, rel=1e-5)
 

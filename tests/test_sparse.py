@@ -162,17 +162,3 @@ def test_bf16_parameters_leave_zu_in_fp32():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         network(**options)
-
-
-def test_the_share_of_units_that_fire():
-    """What is watched is counted and told once; nothing is kept otherwise."""
-    net = filled(z_dim=8, beta=0.5).eval()
-    h = torch.randn(2, 3, net.wz.shape[1])
-    net(h, None)
-    assert net.fired() is None
-    net.watched = True
-    kept = torch.cat([net(rows, None)[0] for rows in h.split(1)]).flatten(0, 1)
-    wanted = torch.stack([(row >= row.sort(descending=True).values[3]).float() for row in kept]).mean(0)
-    assert torch.equal(net.fired(), wanted)
-    assert wanted.mean() == 0.5
-    assert net.fired() is None

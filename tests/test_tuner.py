@@ -174,7 +174,7 @@ def test_only_the_trained_set_moves(name, train_embeddings):
     groups = tuner.parameter_groups(1e-2, weight_decay=0.1, lrs={"projector": 3e-3, "tokens": None})
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == len(trained)
-    assert {group["name"].split("/")[0] for group in groups} == set(KINDS) - {"adapter"}
+    assert {group["name"].split("/")[0] for group in groups} == set(KINDS) - {"adapter", "heads"}
     assert {g["name"]: g["lr"] for g in groups}["projector"] == 3e-3
     assert all(p.ndim > 1 for g in groups if g["weight_decay"] for p in g["params"])
     loss, _ = tuner(batch(), features(4), NORMS)
@@ -186,7 +186,7 @@ def test_only_the_trained_set_moves(name, train_embeddings):
     tables = {n for n in moved if n.endswith("base.weight")}
     assert len(tables) == {"new": 0, "all": 1 if name == "tied" else 2}[train_embeddings]
     with pytest.raises(ValueError, match="no such parts"):
-        tuner.parameter_groups(1.0, lrs={"heads": 1.0})
+        tuner.parameter_groups(1.0, lrs={"eyes": 1.0})
 
 
 def test_slots_between_words_take_the_pictures_tokens_in_order():
@@ -261,3 +261,29 @@ def test_share_of_13b_under_released():
     trained = sum(p.numel() for p in tuner.trained_parameters().values())
     total = sum(p.numel() for p in tuner.parameters())
     assert round(100 * trained / total, 1) == 2.9
+
+
+def test_the_share_of_units_that_fire():
+    """What is watched is counted and told once; nothing is kept otherwise."""
+    tuner = build(beta=0.5).eval()
+    tuner(batch(), features(4), NORMS)
+    assert tuner.unit_rates() == {}
+    tuner.watch_units(True)
+    seen = []
+    keep = tuner.networks[1].observe
+    tuner.networks[1].observe = lambda layer, za: (seen.append(za), keep(layer, za))
+    for _ in range(2):
+        tuner(batch(), features(4), NORMS)
+    rates = tuner.unit_rates()
+    assert set(rates) == {f"activation/layer_{layer:02d}" for layer in range(3)} | {
+        "activation/mean",
+        "activation/ever",
+    }
+    fired = torch.stack(seen) != 0
+    assert rates["activation/layer_01"] == pytest.approx(fired.float().mean().item())
+    # Half of 16 units, less where a padded place holds nothing but zeros.
+    assert 0.4 < rates["activation/mean"] <= 0.5 < rates["activation/ever"] <= 1
+    assert tuner.unit_rates() == {}
+    tuner.watch_units(False)
+    tuner(batch(), features(4), NORMS)
+    assert tuner.unit_rates() == {}
