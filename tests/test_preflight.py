@@ -20,6 +20,7 @@ from pipeline.assembly.needs import Needs, estimate, trained_parameters
 from pipeline.assembly.preflight import GIB, Findings
 from pipeline.config import DataArguments, ModelArguments, TrainArguments
 from pipeline.model.weight_files import check_folder
+from pipeline.planning.memory import QUANTISED_BYTES
 from pipeline.runtime import stopping
 from pipeline.runtime.ranks import Ranks, free_port
 
@@ -168,7 +169,7 @@ def test_the_estimate_against_known_sizes() -> None:
     assert 0.0060 * 13.016e9 < trained < 0.0075 * 13.016e9
     assert trained_parameters(config, **plain, all_rows=True) - trained == 2 * 5120 * (32000 - 1)
 
-    def of(stage: int, world: int, **zero: Any) -> Needs:
+    def of(stage: int, world: int, base_bytes: float | None = None, **zero: Any) -> Needs:
         deepspeed = {"zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": True}}
         return estimate(
             config,
@@ -178,6 +179,7 @@ def test_the_estimate_against_known_sizes() -> None:
             world_size=world,
             tokens=2 * 512,
             recompute=True,
+            base_bytes=base_bytes,
         )
 
     assert 24.2 * GIB < of(2, 8).fixed < 25.5 * GIB
@@ -185,6 +187,8 @@ def test_the_estimate_against_known_sizes() -> None:
     (problem,) = preflight.memory_problems(of(2, 4), 24 * GIB)
     assert "ds_configs/z3.json" in problem and "has 24" in problem
     assert preflight.memory_problems(of(3, 4), 24 * GIB) == []
+    # 13B in 4 bits fits a 24 GB card whole.
+    assert preflight.memory_problems(of(2, 4, QUANTISED_BYTES["nf4"]), 24 * GIB) == []
     assert of(3, 4).fixed < of(2, 4).fixed / 3
     assert of(3, 4, offload_param={"device": "cpu"}).fixed < 1 * GIB
     assert of(2, 8).checkpoint == 12 * trained

@@ -2,7 +2,8 @@
 
 Per rank, with N the LM's parameters, P those that are trained, W ranks, s bytes per weight (2 in bf16, 4 in fp32):
 
-    fixed        N s (under ZeRO-3 N s / W); P s weights, P s gradients; 12 P / W for AdamW's fp32 state; CLIP in fp32
+    fixed        N s (under ZeRO-3 N s / W; a quantised base has its own s); P s weights, P s gradients; 12 P / W for
+                 AdamW's fp32 state; CLIP in fp32
     activations  with recomputation one input per layer, tokens x hidden x s, and one layer's working set; without it
                  each layer's working set: 34 tokens x hidden bytes at 2 bytes per value (Korthikanti et al., 2022,
                  arXiv 2205.05198, equation 2, less the attention scores that flash attention does not keep)
@@ -53,11 +54,15 @@ def estimate(
     tokens: int,
     recompute: bool,
     clip_parameters: float = 0.0,
+    base_bytes: float | None = None,
 ) -> Needs:
-    """config: the LM's config.json; deepspeed: the resolved configuration; tokens: of one micro-batch."""
+    """config: the LM's config.json; deepspeed: the resolved configuration; tokens: of one micro-batch.
+
+    recompute: any recomputation in the backward pass. base_bytes: of a frozen weight that is quantised.
+    """
     zero = deepspeed["zero_optimization"]
     size = 2 if deepspeed["bf16"]["enabled"] else 4
-    base = base_parameters * size
+    base = base_parameters * (base_bytes or size)
     if zero["stage"] == 3:
         base = 0.0 if zero.get("offload_param") else base / world_size
     state = 0.0 if zero.get("offload_optimizer") else 12 * trained / world_size

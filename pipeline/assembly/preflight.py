@@ -31,6 +31,7 @@ from pipeline.config import DataArguments, ModelArguments, TrainArguments
 from pipeline.data.mixture import folders
 from pipeline.model.vision import find_local
 from pipeline.model.weight_files import check_folder, check_whole
+from pipeline.planning.memory import QUANTISED_BYTES
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import config_problems
 from pipeline.runtime.ranks import Ranks
@@ -118,8 +119,9 @@ def examine(found: Findings, model: ModelArguments, data: DataArguments, train: 
             deepspeed=deepspeed,
             world_size=ranks.world_size,
             tokens=batch.micro_batch * data.max_length,
-            recompute=train.gradient_checkpointing == "full",
+            recompute=train.gradient_checkpointing != "none",
             clip_parameters=clip or 0.0,
+            base_bytes=QUANTISED_BYTES[model.base_quant],
         )
         found.fixed = needs.fixed
         _gpu_memory(found, needs, ranks)
