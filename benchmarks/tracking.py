@@ -41,10 +41,10 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def trained(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl so far."""
+    """The lines of metrics.jsonl so far that tell of a trained step; those of a checkpoint are lines of their own."""
     path = run / "metrics.jsonl"
     whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    return [line for line in map(json.loads, whole.splitlines()) if "loss" in line["metrics"]]
 
 
 def main() -> None:
@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=15432, help="of the server, on 127.0.0.1")
     args = parser.parse_args()
     run, uri = args.out.resolve() / "run", f"http://127.0.0.1:{args.port}"
+    if run.exists():
+        parser.error(f"{args.out} holds an earlier measurement: remove it, or give another --out")
     run.mkdir(parents=True)
     server = start_server(run.parent, args.port)
     words = [sys.executable, str(REPO / "pipeline/train.py"), "--deepspeed", "ds_configs/z2.json", "--output_dir"]
@@ -74,6 +76,8 @@ def main() -> None:
                 server = start_server(run.parent, args.port)
         if training.wait():
             raise SystemExit(f"training failed: {run.parent / 'train.log'}")
+        # A short run may end before the server answers again: what is left is sent as a user would.
+        subprocess.run([sys.executable, str(REPO / "pipeline/sync_mlflow.py"), str(run)], check=True)
         report(run, uri, quarter)
     finally:
         training.kill()
