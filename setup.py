@@ -35,9 +35,10 @@ CORE = [
 EVAL = ["pycocoevalcap>=1.2", "torchmetrics>=1.9", "torch-fidelity>=0.4"]
 DEMO = ["gradio>=6"]
 QUANT = ["bitsandbytes>=0.48; platform_system == 'Linux'", "accelerate>=1.1"]  # --base_quant
+LIGER = ["liger-kernel>=0.8; platform_system == 'Linux'"]  # --liger
 EXTRAS = {
     "eval": EVAL,
-    "gpu": ["triton>=3.6; platform_system == 'Linux'", *QUANT],
+    "gpu": ["triton>=3.6; platform_system == 'Linux'", *LIGER, *QUANT],
     "quant": QUANT,
     "demo": DEMO,
     "baselines": ["peft>=0.18"],
@@ -45,6 +46,7 @@ EXTRAS = {
         *EVAL,
         *DEMO,
         *QUANT,
+        *LIGER,
         "peft>=0.18",
         "selenium>=4.20",  # drives the page in a real browser
         "pytest>=8",

@@ -29,7 +29,7 @@ facts() { # GPU, memory in MiB, driver; then torch, CUDA, triton, transformers, 
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader,nounits 2>/dev/null | head -n 1
     "$PYTHON" -c '
 import importlib.metadata as m
-names = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes")
+names = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "liger_kernel")
 have = {d.metadata["Name"].lower(): d.version for d in m.distributions()}
 print(" ".join(f"{n} {have.get(n, None)}" for n in names))'
 }
@@ -97,6 +97,9 @@ if [ -e benchmarks/train_step.py ]; then
         part step_13b 420 "$PYTHON" benchmarks/train_step.py --size 13b --gradient_checkpointing full --csv "$ROWS"
     fi
 fi
+# Do Liger's kernels and torch.compile compute the same, and do they help?
+part speedups 180 "$PYTHON" -m pytest -q tests/test_speedups.py
+part step_7b_fused 420 "$PYTHON" benchmarks/train_step.py --size 7b --liger --compile_layers --csv "$ROWS"
 [ -z "$kind" ] || part plan_7b 60 "$PYTHON" pipeline/plan.py --preset 7b --gpu "$kind"
 [ -z "$kind" ] || part plan_13b 60 "$PYTHON" pipeline/plan.py --preset 13b --gpu "$kind" --gradient_checkpointing full
 # How long does an answer take?

@@ -2,25 +2,29 @@
 
     python benchmarks/train_step.py                                       # --size cpu, a LLaMA of 134M parameters
     python benchmarks/train_step.py --size 7b --csv benchmarks/results.csv    # one 80 GB GPU, bf16
+    python benchmarks/train_step.py --size 7b --liger --compile_layers    # and two lines more
 
 One step is forward, backward and AdamW on --samples samples of benchmarks/mmud_lengths.json: 257 image tokens and the
 texts, masks and pictures of all four tasks. CLIP's features are given to all alike and not timed. The steps:
 
     LoRA, plain        PEFT's LoRA of the same trained size on q and v, the usual way: padded, logits of all tokens
-    released, plain    the authors' recipe: padded to the longest, logits of all tokens, kthvalue, sparse networks in
-                       the upper half of the layers, embedding and head trained
+    released, plain    the authors' recipe: padded to the longest, logits of all tokens, kthvalue (on a GPU our kernel
+                       in its place), sparse networks in the upper half of the layers, embedding and head trained
     neural, plain      neural tuning in that way, and then with one ingredient more in each line:
     + labels only      logits of labelled tokens only; no mask where causality is enough
     + packed           all samples in one row, attention under a mask (--attn sdpa)
     + by sample        attention sample by sample (--attn sdpa_varlen): what train.py --packing true does
     LoRA, our step     the first with all of the ingredients
+    + liger, + compiled    "+ by sample" with train.py's --liger, --compile_layers
 
-Rounds go through all steps in turn, so that other work on the machine hits all alike; CPU seconds are of this process.
+All share one frozen LLaMA, but for the tables that `released` trains. Rounds go through all steps in turn, so that
+other work on the machine hits all alike; CPU seconds are of this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import datetime
 import importlib.metadata
@@ -37,10 +41,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
-from pipeline.assembly import parts
+from pipeline.assembly import parts, speedups
 from pipeline.assembly.training import flops_per_token
-from pipeline.config import ModelArguments
+from pipeline.config import ModelArguments, TrainArguments
 from pipeline.data.batch import IGNORE, Batch, VisionFeatures
 from pipeline.data.rows import lay_out
 from pipeline.model import losses
@@ -154,28 +159,46 @@ STEPS = (
     ("+ packed", "neural", our_loss, 0),
     ("+ by sample", "neural", our_loss, 0, SDPA_VARLEN),
     ("LoRA, our step", "lora", our_loss, 0, SDPA_VARLEN),
+    ("+ liger", "neural liger", our_loss, 0, SDPA_VARLEN),
+    ("+ compiled", "neural compiled", our_loss, 0, SDPA_VARLEN),
 )
+
+
+def make_llm(size: dict[str, int], device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A LLaMA of random weights."""
+    torch.manual_seed(0)
+    with device:
+        return LlamaForCausalLM._from_config(LlamaConfig(vocab_size=32000, **size), dtype=dtype)
+
+
+def twin(llm: LlamaForCausalLM, own_tables: bool) -> LlamaForCausalLM:
+    """Other modules around the same weights; own_tables: embedding and head, which are trained, are copied."""
+    tables = {id(llm.model.embed_tokens.weight), id(llm.lm_head.weight)} if own_tables else set()
+    return copy.deepcopy(llm, {id(p): p for p in llm.parameters() if id(p) not in tables})
 
 
 class Model:
     """A tuned LLaMA of random weights with its optimizer."""
 
-    def __init__(
-        self, kind: str, size: dict[str, int], device: torch.device, dtype: torch.dtype, recompute: str
-    ) -> None:
-        torch.manual_seed(0)
-        with device:
-            llm = LlamaForCausalLM._from_config(LlamaConfig(vocab_size=32000, **size), dtype=dtype)
-        half = size["num_hidden_layers"] // 2
+    def __init__(self, kind: str, frozen: LlamaForCausalLM, recompute: str) -> None:
+        """kind: "neural", also with " liger" or " compiled" behind it, "lora" or "released"."""
+        what, _, speedup = kind.partition(" ")
         settings: dict[str, Any] = {
             "neural": {},
             "lora": {"tuner": "lora"},
-            "released": {"mechanism": "released", "first_tuned_layer": half},
-        }[kind]
+            "released": {"mechanism": "released", "first_tuned_layer": frozen.config.num_hidden_layers // 2},
+        }[what]
+        asked = TrainArguments(liger=speedup == "liger", compile_layers=speedup == "compiled")
+        llm = twin(frozen, own_tables=what == "released")
+        plain_rope = modeling_llama.apply_rotary_pos_emb
+        speedups.patch(llm, asked)
+        # Liger's RoPE takes the place of all LLaMAs': it is put there for this model's steps alone.
+        self.rope, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, plain_rope
         arguments = ModelArguments(base="random", clip="random", **settings)
         self.tuner = parts.make_tuner(arguments, llm, CLIP, seed=0, gradient_checkpointing=recompute)  # type: ignore[arg-type]
         initialise(self.tuner, 0)
-        self.tuner.to(device).train()
+        self.tuner.to(frozen.device).train()
+        speedups.compiled(llm, asked)
         trained = list(self.tuner.trained_parameters().values())
         self.trained = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -185,6 +208,7 @@ class Model:
         device = batch.input_ids.device
         cuda = device.type == "cuda"
         self.tuner.llm.set_attn_implementation(step.attn)
+        modeling_llama.apply_rotary_pos_emb = self.rope
         counts = batch.counts()
         norms = Norms(tokens=counts.tokens, masks=counts.masks, pictures=counts.pictures)
         if cuda:
@@ -207,17 +231,20 @@ class Model:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step], dict[str, Model]]:
-    """All rounds of all steps, after one on a single sample that does not count."""
+    """All rounds of all steps, after two on one and two samples that do not count."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = [Step(*fields) for fields in STEPS]  # type: ignore[arg-type]
-    size = SIZES[arguments.size]
-    kinds = ("neural", "lora", "released")
-    models = {kind: Model(kind, size, device, dtype, arguments.gradient_checkpointing) for kind in kinds}
+    kinds = ["neural", "lora", "released"]
+    kinds += ["neural liger"] * arguments.liger + ["neural compiled"] * arguments.compile_layers
+    chosen = [step for step in (Step(*fields) for fields in STEPS) if step.model in kinds]  # type: ignore[arg-type]
+    frozen = make_llm(SIZES[arguments.size], device, dtype)
+    models = {kind: Model(kind, frozen, arguments.gradient_checkpointing) for kind in kinds}
     lengths = json.loads(LENGTHS.read_text())["samples"]
     features = make_features(arguments.samples).to(device)
     for step in chosen:
         model = models[step.model]
-        model.step(step, make_batch(lengths[:1], model.tuner, step.budget).to(device), features)
+        # Two lengths: torch.compile makes its graph for any number of tokens when it sees the second.
+        for few in (1, 2):
+            model.step(step, make_batch(lengths[:few], model.tuner, step.budget).to(device), features)
         step.wall, step.cpu, step.tokens = [], [], 0
     for number in range(arguments.rounds):
         first = number * arguments.samples % (len(lengths) - arguments.samples + 1)
@@ -246,15 +273,15 @@ def figures(step: Step, model: Model, samples: int, device: torch.device) -> dic
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown; LoRA as usually trained is what the others are measured against (CPU seconds, or wall on a GPU)."""
+    """Markdown; beside the figures, how many times the samples per second of the two peers each step makes."""
     names = list(next(iter(results.values())))
-    by = "samples_per_s" if "peak_gib" in names else "cpu_s_per_sample"
-    base = results["LoRA, plain"][by]
-    lines = ["| step | " + " | ".join(names) + " | LoRA, plain = 1 |", "|---|" + "---:|" * (len(names) + 1)]
+    peers = ("LoRA, plain", "released, plain")
+    heads = ["step", *names, *(f"samples/s, {peer} = 1" for peer in peers)]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, found in results.items():
-        ratio = found[by] / base if by == "samples_per_s" else base / found[by]
         cells = [f"{value:,.0f}" if value > 1000 else f"{value:.3g}" for value in found.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
+        cells += [f"{found['samples_per_s'] / results[peer]['samples_per_s']:.2f}" for peer in peers]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -286,11 +313,18 @@ def main() -> None:
         default="none",
         help="recomputed, in all steps alike",
     )
+    parser.add_argument("--liger", action="store_true", help="a line with Liger's kernels (a GPU)")
+    parser.add_argument("--compile_layers", action="store_true", help="a line with compiled norms and MLPs")
     parser.add_argument("--csv", default="", help="file that the results are appended to")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and arguments.size in ("7b", "13b")
     if not cuda and arguments.size in ("7b", "13b"):
         parser.error(f"--size {arguments.size} needs a GPU; without one take --size cpu")
+    asked = TrainArguments(liger=arguments.liger)
+    try:
+        speedups.check(asked, device_type="cuda" if cuda else "cpu", stage=2, quant="none", model_type="llama")
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if cuda else "cpu")
     steps, models = run(arguments, device)

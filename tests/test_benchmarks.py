@@ -26,7 +26,14 @@ def load(name):
 @pytest.mark.parametrize("kind", ["neural", "lora", "released"])
 def test_all_steps_of_a_model_compute_the_same_loss(kind):
     bench = load("train_step")
-    model = bench.Model(kind, bench.SIZES["toy"], torch.device("cpu"), torch.float32, "none")
+    frozen = bench.make_llm(bench.SIZES["toy"], torch.device("cpu"), torch.float32)
+    model = bench.Model(kind, frozen, "none")
+    # The frozen weights are there once; `released` trains tables of its own.
+    own = {name for name, p in model.tuner.llm.named_parameters() if id(p) not in set(map(id, frozen.parameters()))}
+    tables = {"model.embed_tokens.base.weight", "lm_head.base.weight"}
+    assert own & tables == (tables if kind == "released" else set())
+    assert not [name for name in own if name.endswith("mlp.up_proj.weight")]
+    assert all(not p.requires_grad for p in frozen.model.layers.parameters())
     samples = json.loads(bench.LENGTHS.read_text())["samples"][:3]
     assert {sample["task"] for sample in samples} == {"reasoning", "generation"}
     features, norms = bench.make_features(3), Norms(tokens=30.0, masks=2.0, pictures=1.0)
@@ -38,6 +45,18 @@ def test_all_steps_of_a_model_compute_the_same_loss(kind):
         assert batch.counts() == (sum(s["answer"] for s in samples), sum(s["masks"] for s in samples), 1, {})
         found.append(step.loss(model.tuner, batch, features, norms).item())
     assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_the_table_of_steps_by_hand():
+    rows = {
+        "LoRA, plain": {"samples_per_s": 2.0, "trained_parameters": 1234567},
+        "released, plain": {"samples_per_s": 1.0, "trained_parameters": 9999},
+        "ours": {"samples_per_s": 5.0, "trained_parameters": 12},
+    }
+    head, _, *lines = load("train_step").table(rows).splitlines()
+    assert head.endswith("| trained_parameters | samples/s, LoRA, plain = 1 | samples/s, released, plain = 1 |")
+    assert lines[0] == "| LoRA, plain | 2 | 1,234,567 | 1.00 | 2.00 |"
+    assert lines[2] == "| ours | 5 | 12 | 2.50 | 5.00 |"
 
 
 def test_padding_by_hand():

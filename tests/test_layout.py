@@ -37,6 +37,7 @@ DOORS = {
     "open_clip": ["pipeline/model/vision.py"],
     "taming": ["pipeline/model/vqgan.py"],
     "triton": ["kernels/sparse_kernels/"],
+    "liger_kernel": ["pipeline/model/liger.py"],
     "pycocotools": ["pipeline/data/rle.py"],
     "pycocoevalcap": ["pipeline/scoring/"],
     "torchmetrics": ["pipeline/scoring/"],

@@ -14,7 +14,7 @@ from tiny_tuner import NORMS, ROWS, batch, build, features, prompts
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.assembly.training import check_attention
+from pipeline.assembly.speedups import check_attention
 from pipeline.config import DataArguments
 from pipeline.data.batch import IGNORE, NO_SAMPLE
 from pipeline.data.rows import first_fit_decreasing, lay_out
@@ -153,7 +153,7 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(monkeypatch):
     for name in ("flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match=f"--attn {name} trains on a GPU only"):
             check_attention(name, "cpu")
-    monkeypatch.setattr("pipeline.assembly.training.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("pipeline.assembly.speedups.is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="needs the package flash-attn"):
         check_attention("flash_attention_2", "cuda")
     for name in ("auto", "sdpa", "eager"):

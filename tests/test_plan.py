@@ -190,7 +190,7 @@ def test_search_takes_what_fits(large: counting.Parameters) -> None:
 
     assert fastest("A100-80", ("none", "nf4")).choice.quant == "none"
     cut = fastest("4090", ("none",))
-    assert cut.choice.file == "z3" and cut.fits and cut.memory.total < memory.usable(GPUS["4090"])
+    assert cut.choice.file == "z3" and cut.fits and cut.memory.total < memory.usable(GPUS["4090"].memory)
     packed = fastest("4090", ("none", "nf4"))
     assert packed.choice.quant == "nf4" and packed.zero.stage < 3 and packed.time.total < cut.time.total
     alone = fastest("4090", ("none",), ranks=1)
@@ -222,8 +222,8 @@ def test_fit_writes_what_train_reads(tmp_path: Path) -> None:
     assert Zero.of(filled, 2) == plan.zero
     asked.draw(plan, str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    used, there = planning.estimate(model, DataArguments(data="x"), train, gpu="4090", ranks=2)
-    assert used.total == pytest.approx(plan.memory.total) and used.total < there
+    count, used = planning.estimate(model, DataArguments(data="x"), train, plan.zero, micro_batch=train.micro_batch)
+    assert count == asked.count and used == plan.memory and used.total < memory.usable(GPUS["4090"].memory)
 
 
 @pytest.mark.parametrize(

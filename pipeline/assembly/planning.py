@@ -23,6 +23,7 @@ from pipeline.planning import communication, counting, plot
 from pipeline.planning.counting import Parameters, Traced
 from pipeline.planning.gpus import ASSUMED, named
 from pipeline.planning.memory import Memory, Zero, usable
+from pipeline.planning.memory import estimate as rank_memory
 from pipeline.planning.search import Choice, Plan, Planner
 from pipeline.planning.trace import ATTENTION
 from pipeline.planning.workload import Workload
@@ -60,16 +61,24 @@ def skeleton(
 class Planning:
     """Everything that plan.py answers, for one model, data and kind of GPU."""
 
-    def __init__(self, model: ModelArguments, data: DataArguments, train: TrainArguments, plan: PlanArguments) -> None:
+    def __init__(
+        self,
+        model: ModelArguments,
+        data: DataArguments,
+        train: TrainArguments,
+        plan: PlanArguments,
+        *,
+        device_type: str = "cuda",
+    ) -> None:
         """Raises ValueError where a flag, a file or the batch arithmetic does not fit."""
         self.model, self.data, self.train, self.args = model, data, train, plan
         self.gpu = named(plan.gpu)
         if plan.gpus_per_node:
             self.gpu = dataclasses.replace(self.gpu, per_node=plan.gpus_per_node)
-        self.bf16 = train.use_bf16("cuda")
+        self.bf16 = train.use_bf16(device_type)
         self._traces: dict[tuple[int, str], tuple[Traced, float]] = {}
         self._models: dict[str, NeuralTuner] = {}
-        self._tuner("none")
+        self._asked = self._tuner(train.gradient_checkpointing)
 
     def _tuner(self, checkpointing: str) -> NeuralTuner:
         if checkpointing not in self._models:
@@ -80,7 +89,7 @@ class Planning:
     @cached_property
     def count(self) -> Parameters:
         """Numbers of parameters."""
-        return counting.count_parameters(self._tuner("none"), self.tower)
+        return counting.count_parameters(self._asked, self.tower)
 
     @cached_property
     def workload(self) -> Workload:
@@ -91,7 +100,7 @@ class Planning:
             samples=self.args.samples,
             epochs=self.train.epochs,
             global_batch=self.train.global_batch,
-            image_tokens=self._tuner("none").projector.n_tokens(self.tower.grid),
+            image_tokens=self._asked.projector.n_tokens(self.tower.grid),
             text_tokens=self.args.text_tokens,
             pictured=sum(share for name, share in shares.items() if TASKS[name].needs_image) / total,
             pictures=shares.get("generation", 0.0) / total,
@@ -114,6 +123,13 @@ class Planning:
             self._traces[key] = counting.trace_pass(self._tuner(checkpointing), size), share
         return self._traces[key]
 
+    def memory(self, zero: Zero, micro_batch: int) -> Memory:
+        """One rank's memory under a filled DeepSpeed configuration, with the flags' checkpointing and base."""
+        quantisation.check(self.model.base_quant, zero.stage)
+        passed, _ = self.trace(micro_batch, self.train.gradient_checkpointing)
+        vision = counting.trace_vision(self.tower, micro_batch)
+        return rank_memory(self.count, zero, passed, vision, quant=self.model.base_quant)
+
     @cached_property
     def planner(self) -> Planner:
         """Plans of this model on this GPU."""
@@ -128,7 +144,7 @@ class Planning:
             plan=batch,
             optimizer=OptimizerSettings(lr=self.train.lr, max_grad_norm=self.train.max_grad_norm),
             bf16=self.bf16,
-            hidden_size=self._tuner("none").llm.config.hidden_size,
+            hidden_size=self._asked.llm.config.hidden_size,
         )
         return Zero.of(config, ranks), batch.micro_batch
 
@@ -194,7 +210,7 @@ class Planning:
             "parameters": count.base + count.all_trained,
             "parameters_by_part": {"base": count.base, **count.trained, "clip": count.clip},
             "memory_gib": plan.memory.gib(),
-            "usable_gib": usable(self.gpu) / 2**30,
+            "usable_gib": usable(self.gpu.memory) / 2**30,
             "fits": plan.fits,
             "bytes_per_step": {"ranks": traffic.hidden + traffic.serial, "host": traffic.host},
             "step_seconds": plan.time.total,
@@ -240,11 +256,17 @@ class Planning:
 
 
 def estimate(
-    model: ModelArguments, data: DataArguments, train: TrainArguments, *, gpu: str, ranks: int
-) -> tuple[Memory, float]:
-    """(one rank's memory of the run of these flags, bytes that this kind of GPU has for it); for checks before a start.
+    model: ModelArguments,
+    data: DataArguments,
+    train: TrainArguments,
+    zero: Zero,
+    *,
+    micro_batch: int,
+    device_type: str = "cuda",
+) -> tuple[Parameters, Memory]:
+    """(numbers of parameters, one rank's memory) of the run of these flags; for checks before a start.
 
     Reads no weights. Raises ValueError as training would.
     """
-    planning = Planning(model, data, train, PlanArguments(gpu=gpu, gpus=ranks))
-    return planning.given().memory, usable(planning.gpu)
+    planning = Planning(model, data, train, PlanArguments(), device_type=device_type)
+    return planning.count, planning.memory(zero, micro_batch)

@@ -24,19 +24,21 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.assembly import parts
-from pipeline.assembly.needs import Needs, estimate, trained_parameters
+from pipeline.assembly import parts, speedups
+from pipeline.assembly.planning import estimate
 from pipeline.assembly.training import MINI_SHARDS, open_validation
 from pipeline.config import DataArguments, ModelArguments, TrainArguments
 from pipeline.data.mixture import folders
 from pipeline.model.vision import find_local
 from pipeline.model.weight_files import check_folder, check_whole
-from pipeline.planning.memory import QUANTISED_BYTES
+from pipeline.planning.memory import Memory, Zero, usable
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import config_problems
 from pipeline.runtime.ranks import Ranks
 
 GIB = 2**30
+CHECKPOINT_BYTES = 12
+"""Per trained parameter on disk: its fp32 value and Adam's two moments."""
 _LOGS = 0.5 * GIB  # metrics, MLflow's database, figures
 _T = TypeVar("_T")
 
@@ -93,8 +95,8 @@ def examine(found: Findings, model: ModelArguments, data: DataArguments, train: 
     if ranks.local_rank:
         return
     config = found.attempt(lambda: parts.read_config(model))
-    elements = _llm(found, model, config)
-    clip = found.attempt(lambda: _clip(model))
+    whole = _llm(found, model, config)
+    whole = found.attempt(lambda: _clip(model)) is not None and whole
     samples = _data(found, data, train)
     batch = found.attempt(
         lambda: plan_batch(
@@ -102,52 +104,48 @@ def examine(found: Findings, model: ModelArguments, data: DataArguments, train: 
         )
     )
     deepspeed = found.attempt(lambda: _deepspeed(found, train, ranks, batch, config or {})) if batch else None
-    if config and elements and batch and deepspeed:
-        assert model.first_tuned_layer is not None
-        trained = trained_parameters(
-            config,
-            z_dim=model.z_dim,
-            projections=model.projections,
-            first_layer=model.first_tuned_layer,
-            max_objects=model.max_objects,
-            all_rows=model.train_embeddings == "all",
+    if config and deepspeed:
+        found.attempt(
+            lambda: speedups.check(
+                train,
+                device_type=ranks.device.type,
+                stage=deepspeed["zero_optimization"]["stage"],
+                quant=model.base_quant,
+                model_type=config.get("model_type"),
+            )
         )
-        needs = estimate(
-            config,
-            base_parameters=elements,
-            trained=trained,
-            deepspeed=deepspeed,
-            world_size=ranks.world_size,
-            tokens=batch.micro_batch * data.max_length,
-            recompute=train.gradient_checkpointing != "none",
-            clip_parameters=clip or 0.0,
-            base_bytes=QUANTISED_BYTES[model.base_quant],
+    if whole and batch and deepspeed:
+        zero = Zero.of(deepspeed, ranks.world_size)
+        planned = found.attempt(
+            lambda: estimate(model, data, train, zero, micro_batch=batch.micro_batch, device_type=ranks.device.type)
         )
-        found.fixed = needs.fixed
-        _gpu_memory(found, needs, ranks)
-        if ranks.is_main:
-            steps = count_steps(samples, train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
-            found.attempt(lambda: _disk(found, needs, train, steps))
+        if planned:
+            count, memory = planned
+            found.fixed = memory.fixed
+            _gpu_memory(found, memory, ranks)
+            if ranks.is_main:
+                steps = count_steps(samples, train.global_batch, epochs=train.epochs, max_steps=train.max_steps)
+                found.attempt(lambda: _disk(found, CHECKPOINT_BYTES * count.all_trained, train, steps))
     if ranks.is_main:
         found.warnings += mlflow_warnings(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
-def _llm(found: Findings, model: ModelArguments, config: Mapping[str, Any] | None) -> int | None:
-    """The LM's weights and tokenizer; the number of its parameters, if it is known."""
-    elements = None
+def _llm(found: Findings, model: ModelArguments, config: Mapping[str, Any] | None) -> bool:
+    """The LM's weights and tokenizer; whether the weights are what config.json describes."""
+    whole = False
     if config is not None:
         try:
             held = check_folder(model.base)
         except (ValueError, OSError) as error:
             found.problems.append(f"--base: {error}")
         else:
-            elements = found.attempt(lambda: _described(model, config, held))
+            whole = found.attempt(lambda: _described(model, config, held)) is not None
         try:
             parts.load_token_map(model)
         except Exception as error:  # transformers raises what it likes for a folder without a tokenizer
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             found.problems.append(f"--base {model.base}: the tokenizer does not load ({first}): fetch its files too")
-    return elements
+    return whole
 
 
 def _clip(model: ModelArguments) -> float:
@@ -220,16 +218,13 @@ def _gpu(found: Findings, train: TrainArguments, ranks: Ranks) -> None:
         )
 
 
-def _gpu_memory(found: Findings, needs: Needs, ranks: Ranks) -> None:
+def _gpu_memory(found: Findings, memory: Memory, ranks: Ranks) -> None:
     if ranks.device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(ranks.device)
-    found.problems += memory_problems(needs, total)
-    if not found.problems and needs.fixed + needs.activations > free:
-        found.warnings.append(
-            f"about {(needs.fixed + needs.activations) / GIB:.0f} GiB are needed per GPU, {free / GIB:.0f} of "
-            f"{total / GIB:.0f} are free: it may run out of memory; {_LESS_MEMORY}"
-        )
+    found.problems += memory_problems(memory, total)
+    if not found.problems:
+        found.warnings += memory_warnings(memory, free)
 
 
 _LESS_MEMORY = (
@@ -238,13 +233,24 @@ _LESS_MEMORY = (
 )
 
 
-def memory_problems(needs: Needs, total: float) -> list[str]:
-    """Whether weights and optimizer alone are more than a GPU's `total` bytes."""
-    if needs.fixed <= total:
+def memory_problems(memory: Memory, total: float) -> list[str]:
+    """Whether weights, gradients and optimizer alone are more than a GPU's `total` bytes."""
+    if memory.fixed <= total:
         return []
     return [
-        f"weights and optimizer take {needs.fixed / GIB:.0f} GiB per GPU, which has {total / GIB:.0f}: {_LESS_MEMORY}, "
-        "more GPUs, or ds_configs/z3_offload.json"
+        f"weights and optimizer take {memory.fixed / GIB:.0f} GiB per GPU, which has {total / GIB:.0f}: "
+        f"{_LESS_MEMORY}, more GPUs, or ds_configs/z3_offload.json"
+    ]
+
+
+def memory_warnings(memory: Memory, free: float) -> list[str]:
+    """Whether a step needs more than can be filled of a GPU's `free` bytes."""
+    if memory.total <= usable(free):
+        return []
+    return [
+        f"about {memory.total / GIB:.0f} GiB are needed per GPU, and of the {free / GIB:.0f} that are free "
+        f"{usable(free) / GIB:.0f} can be filled: it may run out of memory; {_LESS_MEMORY}. "
+        "`python pipeline/plan.py` with the same flags shows what takes how much"
     ]
 
 
@@ -281,8 +287,9 @@ def shared_gpus(everyone: Sequence[Findings]) -> list[str]:
     ]
 
 
-def _disk(found: Findings, needs: Needs, train: TrainArguments, steps: int) -> None:
-    """Whether the output folder can be written and has room for its checkpoints. ValueError or OSError if not."""
+def _disk(found: Findings, checkpoint: float, train: TrainArguments, steps: int) -> None:
+    """Whether the output folder can be written and has room for checkpoints of so many bytes. ValueError or OSError if
+    not."""
     folder = Path(train.output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -292,13 +299,13 @@ def _disk(found: Findings, needs: Needs, train: TrainArguments, steps: int) -> N
     # One is written before the oldest goes.
     every = train.save_steps or steps
     saves = train.save_total_limit + 1 if train.save_total_limit else math.ceil(steps / max(every, 1))
-    wanted = saves * needs.checkpoint + _LOGS
+    wanted = saves * checkpoint + _LOGS
     free = shutil.disk_usage(there).free
     text = (
         f"--output_dir {folder}: {free / GIB:.1f} GiB are free, but {saves} checkpoints of "
-        f"{needs.checkpoint / GIB:.2f} GiB and logs take {wanted / GIB:.1f}"
+        f"{checkpoint / GIB:.2f} GiB and logs take {wanted / GIB:.1f}"
     )
-    if free < min(saves, 2) * needs.checkpoint + _LOGS:
+    if free < min(saves, 2) * checkpoint + _LOGS:
         raise ValueError(f"{text}: make room, or take another folder")
     if free < wanted:
         found.warnings.append(f"{text}: it may run full; lower --save_total_limit or raise --save_steps")

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import is_flash_attn_2_available
 
-from pipeline.assembly import parts
+from pipeline.assembly import parts, speedups
 from pipeline.config import REPO, DataArguments, ModelArguments, RunArguments, TrainArguments, to_dict
 from pipeline.data.batch import Batch
 from pipeline.data.collate import Collator
@@ -25,7 +24,6 @@ from pipeline.data.writer import pack
 from pipeline.inference.export import save_pretrained
 from pipeline.mini.source import MiniSource
 from pipeline.model import quantisation
-from pipeline.model.attention import SDPA_VARLEN
 from pipeline.model.fingerprint import clip_fingerprint, fingerprint
 from pipeline.model.initialise import initialise
 from pipeline.model.losses import LossWeights
@@ -192,7 +190,6 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     Raises:
         ValueError: data, batch arithmetic, DeepSpeed file or base model do not fit; the message says what to do.
     """
-    check_attention(train.attn, ranks.device.type)
     if Path(data.data) == MINI_SHARDS:
         pack_mini(ranks)
     dataset = parts.open_split(data.data, "train")
@@ -243,21 +240,6 @@ def plan_run(model: ModelArguments, data: DataArguments, train: TrainArguments, 
     )
 
 
-def check_attention(attn: str, device_type: str) -> None:
-    """Raises ValueError if --attn names an implementation that does not run here."""
-    if attn in ("flash_attention_2", "flex_attention") and device_type != "cuda":
-        raise ValueError(f"--attn {attn} trains on a GPU only, and this run is on {device_type}: take --attn sdpa")
-    if attn == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError("--attn flash_attention_2 needs the package flash-attn: install it, or take --attn sdpa")
-
-
-def attention(attn: str, packing: bool) -> str | None:
-    """--attn as transformers takes it, None for its own choice."""
-    if attn == "auto":
-        return SDPA_VARLEN if packing else None
-    return attn
-
-
 def open_validation(data: str, train: RunArguments) -> MixedDataset:
     """The split that --eval_steps goes through. Raises ValueError if it is missing or less than one global batch."""
     try:
@@ -302,7 +284,8 @@ def prepare_tuner(plan: RunPlan, vision: VisionTower) -> NeuralTuner:
     model, data, train, device = plan.model, plan.data, plan.train, plan.ranks.device
     dtype = torch.bfloat16 if train.use_bf16(device.type) else torch.float32
     with runtime.loading_in_pieces(plan.deepspeed):
-        llm = parts.load_llm(model, dtype, attn=attention(train.attn, data.packing), device=device)
+        llm = parts.load_llm(model, dtype, attn=speedups.attention(train.attn, data.packing), device=device)
+    speedups.patch(llm, train)
     with runtime.whole(list(llm.get_input_embeddings().parameters())):
         tuner = parts.make_tuner(
             model,
@@ -313,6 +296,7 @@ def prepare_tuner(plan: RunPlan, vision: VisionTower) -> NeuralTuner:
             gradient_checkpointing=train.gradient_checkpointing,
         )
     initialise(tuner, train.seed, runtime.whole)
+    speedups.compiled(llm, train)
     return tuner
 
 

@@ -167,3 +167,15 @@ def enable_checkpointing(llm: PreTrainedModel, part: str = "full") -> None:
     for module in llm.modules():
         if isinstance(module, TunedLayer):
             module.layer.gradient_checkpointing = False
+
+
+def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:
+    """torch.compile of each layer's norms and MLP, one graph for any number of tokens.
+
+    Attention is left out: it goes by the lengths of the samples in a row, others in every batch, for which the graph of
+    a whole layer would be compiled anew; PyTorch's attention and the sparse vector are fused kernels already.
+    """
+    for layer in llm.model.layers:
+        inner: Any = layer.layer if isinstance(layer, TunedLayer) else layer
+        for part in (inner.input_layernorm, inner.post_attention_layernorm, inner.mlp):
+            part.compile(dynamic=True, backend=backend)

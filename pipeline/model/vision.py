@@ -102,7 +102,10 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> VisionFeatures:
-        """Features of pictures [B,3,S,S], normalised with this tower's mean and std; tokens after the last block."""
+        """Features of pictures [B,3,S,S], normalised with this tower's mean and std; tokens after the last block.
+
+        Not in inference mode: the trained projector keeps the features for its backward, which such tensors forbid.
+        """
         visual = self.model.visual
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures are {tuple(pixel_values.shape)}: this CLIP wants [B,3,{self.image_size}²]")

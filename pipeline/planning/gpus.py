@@ -35,6 +35,11 @@ class Gpu:
     per_node: int
     """GPUs in a node."""
 
+    @property
+    def memory(self) -> float:
+        """Bytes of memory."""
+        return self.memory_gib * 2**30
+
 
 _GB, _TB, _T = 1e9, 1e12, 1e12
 _A100: dict[str, Any] = {

@@ -81,6 +81,11 @@ class Memory:
         return {name: getattr(self, name) for name in self.__slots__ if name != "host"}
 
     @property
+    def fixed(self) -> float:
+        """What lies on the GPU whatever a micro-batch holds."""
+        return self.base_weights + self.trained_weights + self.gradients + self.optimizer + self.clip
+
+    @property
     def total(self) -> float:
         """All that lies on the GPU."""
         return sum(self.on_gpu.values())
@@ -92,12 +97,12 @@ class Memory:
 
     def fits(self, gpu: Gpu, assumed: Efficiency = ASSUMED) -> bool:
         """Whether a GPU holds it, with what is set aside for CUDA and the allocator's losses."""
-        return self.total <= usable(gpu, assumed)
+        return self.total <= usable(gpu.memory, assumed)
 
 
-def usable(gpu: Gpu, assumed: Efficiency = ASSUMED) -> float:
-    """Bytes of a GPU that a plan may fill."""
-    return (gpu.memory_gib * (1 - assumed.fragmentation) - assumed.reserve_gib) * 2**30
+def usable(free: float, assumed: Efficiency = ASSUMED) -> float:
+    """Bytes that a plan may fill of the `free` bytes of a GPU."""
+    return free * (1 - assumed.fragmentation) - assumed.reserve_gib * 2**30
 
 
 def states(count: Parameters, zero: Zero, *, quant: str = "none") -> Memory:

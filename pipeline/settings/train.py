@@ -83,6 +83,8 @@ class TrainArguments(RunArguments):
     attn: Literal["auto", "sdpa_varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = flag(
         "auto", "the LM's attention while training; auto: sdpa_varlen if --packing, else what transformers takes"
     )
+    liger: bool = flag(False, "RMSNorm, RoPE and SwiGLU of the LM by liger-kernel (a GPU; pip install -e '.[gpu]')")
+    compile_layers: bool = flag(False, "torch.compile of the LM's norms and MLPs (ZeRO-1 and 2, unquantised base)")
     lambda_seg: float = flag(1.0, "weight of the masks' Dice loss")
     lambda_gen: float = flag(10.0, "weight of the pictures' CLIP embedding loss (MSE)")
     lambda_bce: float = flag(0.0, "weight of the masks' pixel loss (BCE)")
