@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import shutil
@@ -18,9 +19,11 @@ from tiny_run import CLIP, REPO, clip_file, llama
 
 from pipeline.assembly import preflight
 from pipeline.assembly.preflight import GIB, Findings
-from pipeline.config import DataArguments, ModelArguments, TrainArguments
+from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.model.weight_files import check_folder
-from pipeline.planning.memory import states
+from pipeline.planning.gpus import GPUS
+from pipeline.planning.memory import states, usable
+from pipeline.planning.search import Choice
 from pipeline.runtime import stopping
 from pipeline.runtime.ranks import Ranks, free_port
 
@@ -190,6 +193,54 @@ def test_the_memory_of_13b_against_known_sizes() -> None:
     assert preflight.memory_warnings(memory, 79 * GIB) == []
     (warning,) = preflight.memory_warnings(memory, memory.total)
     assert "it may run out of memory" in warning and "--gradient_checkpointing full" in warning
+
+
+def planned_rows() -> list[list[str]]:
+    """Cells of the planner's table in slurm/README.md: preset, machine, file, flags, GiB, seconds, hours."""
+    text = (REPO / "slurm/README.md").read_text()
+    lines = text.partition("### What the planner takes")[2].partition("\n## ")[0].splitlines()
+    return [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith(("| 13b", "| 7b"))
+    ]
+
+
+@pytest.mark.parametrize("row", planned_rows(), ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_preflight_accepts_what_the_planner_takes(made: Path, packed: Path, tmp_path: Path, row: list[str]) -> None:
+    preset, machine, file, flags = row[:4]
+    words = ["--preset", preset, "--base", str(made / "llama"), "--clip", CLIP, "--data", str(packed), *flags.split()]
+    words += ["--clip_weights", str(made / "clip.safetensors"), "--output_dir", str(tmp_path)]
+    words += ["--deepspeed", str(REPO / "ds_configs" / file.split("`")[1]), "--gradient_checkpointing", "none"]
+    found = Findings("n1")
+    ranks = Ranks(0, 0, int(machine.split()[0]), torch.device("cpu"))
+    preflight.examine(found, *parse(ModelArguments, DataArguments, TrainArguments, argv=words), ranks)
+    assert found.problems == []
+
+
+def test_the_planners_table_of_13b_is_what_it_says() -> None:
+    asked = plan_of("--preset", "13b", "--gradient_checkpointing", "none", "--packing", "true")
+    rows = [row for row in planned_rows() if row[0] == "13b"]
+    assert {row[1] for row in rows} == {"4 x 4090", "3 x A100-80", "8 x A100-80", "1 x H200"}
+    for _, machine, file, flags, gib, seconds, hours in rows:
+        ranks, gpu = machine.split(" x ")
+        _, _, train = parse(ModelArguments, DataArguments, TrainArguments, argv=["--preset", "mini", *flags.split()])
+        quant = "nf4" if "nf4" in flags else "none"
+        choice = Choice(
+            file=file.split("`")[1].removesuffix(".json"),
+            micro_batch=train.micro_batch,
+            checkpointing="none",
+            quant=quant,
+        )
+        planner = dataclasses.replace(
+            asked.planner,
+            gpu=GPUS[gpu],
+            workload=dataclasses.replace(asked.workload, global_batch=train.global_batch),
+        )
+        plan = planner.plan(choice, zero_of(choice.file, choice.micro_batch, int(ranks), train.global_batch))
+        assert plan.fits
+        there = usable(plan.gpu.memory) / GIB
+        assert gib == f"{plan.memory.total / GIB:.1f} of {there:.1f}", machine
+        assert (seconds, hours) == (f"{plan.time.total:.3f}", f"{plan.hours:.1f}"), machine
+        assert f"| {gib} | {seconds} | {plan.mfu:.0%} |".replace("%", " %") in (REPO / "docs/plans.md").read_text()
 
 
 def test_ranks_of_a_node_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
