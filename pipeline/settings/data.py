@@ -23,8 +23,8 @@ class DataArguments:
     task_module: str = flag("", "Python file that registers a task of your own, to be named in tasks (see the README)")
     task_mix: str = flag(
         "",
-        "share of each task in every global batch, as in 2,1,1,1 in the order of tasks, or by name: reasoning=2 (others "
-        "1; a task that is not tuned has none); empty: equal",
+        "share of each task in every global batch, as in 2,1,1,1 in the order of tasks, or by name: reasoning=2 (the "
+        "others 1; a task that is not tuned has none); empty: equal",
     )
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
     max_length: int = flag(512, "tokens per sample at most, image tokens included")
