@@ -108,9 +108,11 @@ def load_llm(
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
     quantised = quantisation.options(model.base_quant, dtype, device or torch.device("cpu"))
-    llm, found = AutoModelForCausalLM.from_pretrained(
+    # A pair, which transformers' types do not say.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         model.base, dtype=dtype, attn_implementation=attn, output_loading_info=True, **quantised
     )
+    llm, found = loaded
     refuse_gaps(model.base, found)
     return llm
 
