@@ -20,7 +20,7 @@ from pipeline.assembly.training import log_record
 from pipeline.config import PriorArguments, RunArguments, parse
 from pipeline.model.prior_training import PictureCoder
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.checkpoint import agree_on_resume, load_checkpoint, read_state, set_aside
 from pipeline.runtime.entry import run_ranks
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.stopping import DONE
@@ -31,7 +31,7 @@ from pipeline.runtime.trainer import Trainer
 def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
     """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE)."""
     plan = plan_prior(args, settings, ranks)
-    resume = find_resume(settings.resume, settings.output_dir)
+    resume = agree_on_resume(settings.resume, settings.output_dir, ranks)
     vision = parts.load_tower(args.clip, args.clip_weights, ranks.device)
     config = plan.prior_config(vision)
     if resume is not None:

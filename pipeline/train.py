@@ -17,9 +17,10 @@ from pathlib import Path
 
 from pipeline.assembly import parts, preflight
 from pipeline.assembly import training as assembly
+from pipeline.assembly.validation import make_validation, sheet_painter
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.checkpoint import find_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.checkpoint import agree_on_resume, load_checkpoint, read_state, set_aside
 from pipeline.runtime.entry import run_ranks
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.stopping import DONE
@@ -36,7 +37,7 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     if train.preflight:
         return DONE
     plan = assembly.plan_run(model, data, train, ranks)
-    resume = find_resume(train.resume, train.output_dir)
+    resume = agree_on_resume(train.resume, train.output_dir, ranks)
     if resume is not None:
         plan.check_resume(read_state(resume))
     with plan.explaining_memory():
@@ -48,6 +49,7 @@ def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
     model, data, train, ranks = plan.model, plan.data, plan.train, plan.ranks
     began = time.perf_counter()
     vision = parts.load_vision(model, ranks.device)
+    painter = sheet_painter(plan, vision)
     token_map = parts.load_token_map(model)
     collator = parts.make_collator(model, data, token_map, vision, train.seed)
     if train.resume == "never" and ranks.is_main and (earlier := set_aside(train.output_dir)):
@@ -87,7 +89,9 @@ def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
             save_steps=train.save_steps,
             keep=train.save_total_limit,
             eval_steps=train.eval_steps,
-            on_validate=plan.validation(collator, engine, vision) if train.eval_steps else None,
+            on_validate=make_validation(
+                plan, engine, tracker, vision=vision, token_map=token_map, collator=collator, painter=painter
+            ),
             state=record,
             max_bad_share=data.max_bad_share,
             max_bad_steps=train.max_bad_steps,

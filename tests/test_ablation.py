@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_every_row_is_a_command_line_that_train_takes(study: str) -> None:
 
 
 def test_runs_every_row_at_every_seed_once(tmp_path: Path, ran: Ran) -> None:
-    args = AblationArguments(study="table3", rows="full,no_sparsity", seeds="0,2", output_dir=str(tmp_path))
+    args = AblationArguments(study="table3", rows="full,no_sparsity", seeds="0,2", output_dir=str(tmp_path / "study"))
     text = Ablation(args).run()
     assert [(words[2], seed_of(words)) for words in trained(ran)] == [
         ("--seed", 0),
@@ -77,15 +78,15 @@ def test_runs_every_row_at_every_seed_once(tmp_path: Path, ran: Ran) -> None:
     assert line.count("0.610 ± 0.014") == len(COLUMNS) - 1
     assert line.endswith("| 2 |")
     assert "CIDEr" not in text
-    assert (tmp_path / "table.md").read_text() == text
-    assert f"{0.61}" in (tmp_path / "table.csv").read_text()
+    assert (tmp_path / "study/table.md").read_text() == text
+    assert f"{0.61}" in (tmp_path / "study/table.csv").read_text()
     before = len(ran)
     assert Ablation(args).run() == text
     assert len(ran) == before
 
 
 def test_goes_on_where_it_was(tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = AblationArguments(study="table5", seeds="0", output_dir=str(tmp_path))
+    args = AblationArguments(study="table5", seeds="0", output_dir=str(tmp_path / "study"))
     whole = ablation._command
 
     def broken(words: Sequence[str], log: Path) -> None:
@@ -106,7 +107,7 @@ def test_goes_on_where_it_was(tmp_path: Path, ran: Ran, monkeypatch: pytest.Monk
 def test_parts_share_the_runs_and_the_table(tmp_path: Path, ran: Ran) -> None:
     names = []
     for part in ("1/3", "2/3", "3/3"):
-        args = AblationArguments(study="table4", seeds="0", output_dir=str(tmp_path), part=part)
+        args = AblationArguments(study="table4", seeds="0", output_dir=str(tmp_path / "study"), part=part)
         names += [job.folder for job in Ablation(args).own_jobs()]
         text = Ablation(args).run()
     assert len(names) == len(set(names)) == 20
@@ -120,12 +121,39 @@ def test_parts_share_the_runs_and_the_table(tmp_path: Path, ran: Ran) -> None:
 def test_other_flags_in_the_same_folder_are_refused(tmp_path: Path, ran: Ran) -> None:
     def start(flags: str) -> str:
         return Ablation(
-            AblationArguments(study="table3", rows="full", seeds="0", output_dir=str(tmp_path), train_flags=flags)
+            AblationArguments(
+                study="table3", rows="full", seeds="0", output_dir=str(tmp_path / "study"), train_flags=flags
+            )
         ).run()
 
     start("--max_steps 2")
     with pytest.raises(ValueError, match="run with other flags"):
         start("--max_steps 3")
+
+
+def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path, ran: Ran) -> None:
+    """Table 5's gaussian row is Table 3's whole, since gaussian is the default; so is its learning rate's."""
+
+    def start(study: str, rows: str, **flags: str) -> str:
+        folder = str(tmp_path / study)
+        return Ablation(AblationArguments(study=study, rows=rows, seeds="0", output_dir=folder, **flags)).run()
+
+    start("table3", "full")
+    text = start("table5", "gaussian,level")
+    assert [words[3] for words in trained(ran)[1:]] == ["level"]
+    link = tmp_path / "table5/gaussian/seed0"
+    assert link.is_symlink() and link.resolve() == tmp_path / "table3/full/seed0"
+    assert "2 of 2 runs" in text
+    start("learning_rates", "neural_0.004", eval_flags="--split test")
+    assert len(trained(ran)) == 2
+    # Scored otherwise, or tuned otherwise: runs of their own.
+    start("learning_rates", "neural_0.008")
+    start("table4", "beta0.4_tasks4", eval_flags="--limit 3")
+    assert len(trained(ran)) == 4
+    shutil.rmtree(tmp_path / "table3")
+    start("table5", "gaussian,level")
+    assert len(trained(ran)) == 5
+    assert not link.is_symlink() and (link / "report.json").is_file()
 
 
 def test_baselines_take_the_best_rate_of_the_validation_runs(tmp_path: Path) -> None:

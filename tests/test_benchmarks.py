@@ -1,4 +1,5 @@
-"""What the benchmarks compare is the same: equal losses of the usual step and ours, and the table of padding."""
+"""What the benchmarks compare is the same: equal losses of the usual step and ours, equal tensors of plain webdataset
+and our loader; and the table of padding."""
 
 import importlib.util
 import json
@@ -68,3 +69,29 @@ def test_padding_by_hand():
     assert "| 12 | 27.4% (331) |" in padding.table(
         [s["prompt"] + s["answer"] for s in json.loads(padding.LENGTHS.read_text())["samples"]]
     )
+
+
+def test_webdataset_and_our_loader_make_the_same_of_every_sample(tmp_path, data_dir):
+    bench = load("loader")
+    mmud = data_dir / "mmud"
+    (tmp_path / "loose").mkdir()
+    bench.tiled([mmud / "train.pkl", mmud / "test.pkl"], mmud / "images", 32, tmp_path / "loose")
+    assert sum(bench.packing(tmp_path / "loose", tmp_path / "packed", 1, 64)) == 32
+    collator, places = bench.make_collator(), bench.places_of(tmp_path / "packed")
+    found = []
+    for batches in (
+        bench.plain_webdataset(tmp_path / "packed", places, collator, 0),
+        bench.ours(tmp_path / "packed", collator, 0),
+    ):
+        rows = {}
+        for batch in batches:
+            for i, key in enumerate(batch.keys):
+                ids, labels = (tensor[i][batch.segment_ids[i] == i] for tensor in (batch.input_ids, batch.labels))
+                rows[key] = (batch.tasks[i], ids, labels, batch.pixel_values[i], batch.masks[batch.mask_rows == i])
+        assert len(rows) == 32
+        found.append(rows)
+    theirs, own = found
+    assert {task: sum(row[0] == task for row in own.values()) for task in bench.TASKS} == dict.fromkeys(bench.TASKS, 8)
+    for key, (task, *tensors) in own.items():
+        assert task == theirs[key][0]
+        assert all(map(torch.equal, tensors, theirs[key][1:])), key

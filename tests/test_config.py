@@ -37,7 +37,7 @@ def test_bare_command_is_the_mini_preset() -> None:
     model, data, train = parse(ModelArguments, DataArguments, TrainArguments, argv=[])
     assert Path(model.base) == config.REPO / "models/mini/llm"
     assert model.clip == f"local-dir:{config.REPO}/models/mini/clip"
-    assert (model.alpha, model.z_dim, model.activation, model.image_cls) == (0.5, 64, "hard", False)
+    assert (model.alpha, model.z_dim, model.activation, model.image_cls) == (0.5, 128, "hard", False)
     assert model.image_prefix.split()[:2] == ["c00", "<image>"]
     assert model.image_prefix.count("<image>") == 16
     assert (train.global_batch, train.lr, Path(data.data).name) == (32, 4e-3, "mini")
@@ -84,6 +84,9 @@ def test_what_a_preset_leaves_open_is_named(capsys: pytest.CaptureFixture[str]) 
         (["--projections", "qx"], "letters q, k, v"),
         (["--tasks", "caption,poetry"], "tasks must be some of"),
         (["--tasks", "caption", "--task_mix", "1,2"], "task_mix takes 1 shares"),
+        (["--task_mix", "refering=2"], "task_mix takes name=share"),
+        (["--task_mix", "referring=2,1"], "task_mix takes name=share"),
+        (["--task_mix", "referring=two"], "task_mix takes name=share"),
         (["--clip_taps", "3,2"], "must rise"),
         (["--preset", "70b"], "preset must be one of mini, 7b, 13b"),
         (["--bf16", "maybe"], "bf16 must be"),
@@ -148,6 +151,8 @@ def test_settings_survive_a_checkpoint() -> None:
 def test_task_shares_and_taps() -> None:
     assert DataArguments(tasks="caption, referring").task_names == ("caption", "referring")
     assert DataArguments(task_mix="2,1,1,0").task_shares == (2, 1, 1, 0)
+    assert DataArguments(task_mix="referring=2, caption=0").task_shares == (1, 2, 0, 1)
+    assert DataArguments(tasks="generation,reasoning", task_mix="referring=2,reasoning=3").task_shares == (1, 3)
     assert ModelArguments().tap_layers(24) == (7, 15, 23)
     assert ModelArguments().tap_layers(6) == (1, 3, 5)
     assert ModelArguments(clip_taps="0,2,5").tap_layers(6) == (0, 2, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.runtime.ranks import Ranks, detect, first_host, tell_failure
+from pipeline.runtime.ranks import Ranks, detect, first_host, host, tell_failure
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +75,9 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert ranks.gather("a") == ["a"]
     assert ranks.from_main({"a": 1}) == {"a": 1}
     ranks.barrier()
-    ranks.agree(None)
-    with pytest.raises(RuntimeError, match="rank 0: OSError: disk full"):
-        ranks.agree(OSError("disk full"))
+    ranks.agree("")
+    with pytest.raises(ValueError, match=f"^rank 0 on {re.escape(host())}: no such folder$"):
+        ranks.agree("no such folder")
 
 
 def test_the_first_rank_to_fail_tells_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

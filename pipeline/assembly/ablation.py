@@ -1,7 +1,9 @@
 """One run of ablate.py: every row of a study at every seed, by train.py and evaluate_mmud.py, and the table of them.
 
 A row at a seed is a run of its own in <output_dir>/<row>/seed<n>. What is finished (its report.json stands) is not run
-again, what was stopped goes on from its checkpoint. In MLflow the study is a parent run and each of these a child.
+again, what was stopped goes on from its checkpoint. A run with every setting of one which another study in the same
+parent folder has finished (Table 3's whole and Table 5's first pattern, say) is not made twice: its folder is a link to
+the other. In MLflow the study is a parent run and each of these a child.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,16 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pipeline.assembly.studies import Study, make_study
-from pipeline.config import REPO, AblationArguments
+from pipeline.config import (
+    REPO,
+    AblationArguments,
+    DataArguments,
+    EvalArguments,
+    ModelArguments,
+    TrainArguments,
+    parse,
+    to_dict,
+)
 from pipeline.data.joining import parse_part
 from pipeline.runtime.provenance import write_json
 from pipeline.runtime.tracking import Tracker
@@ -89,7 +101,7 @@ class Ablation:
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder.resolve() / 'mlflow.db'}"
         parent = self._parent_run()
         for job in tqdm(own, desc=self.args.study, unit="run", dynamic_ncols=True):
-            if not job.finished:
+            if not job.finished and not self._take_from_sister(job):
                 write_json(job.folder / "job.json", _facts(job))
                 _command([*job.train, *(["--mlflow_parent", parent] if parent else [])], job.folder / "train.log")
                 _command(job.evaluate, job.folder / "evaluate.log")
@@ -119,11 +131,27 @@ class Ablation:
 
     def _check_flags(self, job: Job) -> None:
         record = job.folder / "job.json"
-        if record.is_file() and json.loads(record.read_text()) != _facts(job):
+        if record.is_file() and json.loads(record.read_text()).get("settings") != _facts(job)["settings"]:
             raise ValueError(
                 f"{job.folder} holds a run with other flags ({record.name} there has them): give another --output_dir, "
                 "or remove the folder"
             )
+
+    def _take_from_sister(self, job: Job) -> bool:
+        """Links the job's folder to that of a finished run of the same settings in another study, if there is one."""
+        if job.folder.is_symlink() and not job.folder.exists():
+            job.folder.unlink()  # What it led to has been removed.
+        if job.folder.exists():
+            return False
+        wanted = _facts(job)["settings"]
+        for record in sorted(self.folder.parent.glob("*/*/seed*/job.json")):
+            other = record.parent
+            same = not other.is_symlink() and json.loads(record.read_text()).get("settings") == wanted
+            if same and (other / "report.json").is_file():
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                job.folder.symlink_to(os.path.relpath(other, job.folder.parent), target_is_directory=True)
+                return True
+        return False
 
     def _tracker(self, resume_step: int | None) -> Tracker:
         return Tracker(
@@ -151,10 +179,22 @@ class Ablation:
             tracker.close("FINISHED")
 
 
-def _facts(job: Job) -> dict[str, list[str]]:
-    """What a run's folder remembers of its commands: all but the program that starts them."""
+@cache
+def _facts(job: Job) -> dict[str, Any]:
+    """What a run's folder remembers: its commands' flags, and the settings that they come to, by which runs compare."""
     first = next(i for i, word in enumerate(job.train) if word.endswith("train.py"))
-    return {"train": list(job.train[first + 1 :]), "evaluate": list(job.evaluate[2:])}
+    train, evaluate = list(job.train[first + 1 :]), list(job.evaluate[2:])
+    settings = to_dict(
+        *parse(ModelArguments, DataArguments, TrainArguments, argv=train), *parse(EvalArguments, argv=evaluate)
+    )
+    values = settings["TrainArguments"]
+    for name in ("output_dir", "run_name"):
+        del values[name]
+    del settings["EvalArguments"]["checkpoint"]
+    # A group's rate that is unset is lr.
+    for name in [name for name in values if name.startswith("lr_") and values[name] is None]:
+        values[name] = values["lr"]
+    return {"train": train, "evaluate": evaluate, "settings": settings}
 
 
 def _command(words: list[str] | tuple[str, ...], log: Path) -> None:

@@ -29,6 +29,7 @@ from pipeline.model.heads import HEADS
 from pipeline.model.sparse import SparseNetwork
 from pipeline.model.tuner import NeuralTuner
 from pipeline.model.vision import VisionTower
+from pipeline.model.weight_files import refuse_gaps
 
 
 def load_vision(model: ModelArguments, device: torch.device) -> VisionTower:
@@ -101,12 +102,19 @@ def load_llm(
     """The frozen LM in `dtype`.
 
     attn: transformers' name of an attention implementation; None for its choice. device: where --base_quant quantises
-    it, matrix by matrix; without quantisation it is loaded into CPU memory.
+    it, matrix by matrix; without quantisation it is loaded into CPU memory. Raises ValueError naming the tensors that
+    its files lack: on every rank alike where the weights are loaded in pieces.
     """
     # Every rank would draw a bar for what takes seconds; the run's own lines say what is loaded.
     disable_progress_bar()
     quantised = quantisation.options(model.base_quant, dtype, device or torch.device("cpu"))
-    return AutoModelForCausalLM.from_pretrained(model.base, dtype=dtype, attn_implementation=attn, **quantised)
+    # A pair, which transformers' types do not say.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model.base, dtype=dtype, attn_implementation=attn, output_loading_info=True, **quantised
+    )
+    llm, found = loaded
+    refuse_gaps(model.base, found)
+    return llm
 
 
 def make_tuner(

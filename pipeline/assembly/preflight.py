@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 import tempfile
 import urllib.error
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.assembly import parts, speedups
 from pipeline.assembly.planning import estimate
@@ -34,7 +32,7 @@ from pipeline.model.weight_files import check_folder, check_whole
 from pipeline.planning.memory import Memory, Zero, usable
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import config_problems
-from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.ranks import Ranks, host
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12
@@ -68,7 +66,7 @@ def check(model: ModelArguments, data: DataArguments, train: TrainArguments, ran
     Raises:
         ValueError: on every rank, with all problems of all nodes.
     """
-    mine = Findings(os.environ.get("SLURMD_NODENAME") or platform.node())
+    mine = Findings(host())
     examine(mine, model, data, train, ranks)
     everyone: list[Findings] = ranks.gather(mine)
     problems = _merge(everyone, "problems") + shared_gpus(everyone)
@@ -135,11 +133,11 @@ def _llm(found: Findings, model: ModelArguments, config: Mapping[str, Any] | Non
     whole = False
     if config is not None:
         try:
-            held = check_folder(model.base)
+            check_folder(model.base)
         except (ValueError, OSError) as error:
             found.problems.append(f"--base: {error}")
         else:
-            whole = found.attempt(lambda: _described(model, config, held)) is not None
+            whole = True
         try:
             parts.load_token_map(model)
         except Exception as error:  # transformers raises what it likes for a folder without a tokenizer
@@ -153,20 +151,6 @@ def _clip(model: ModelArguments) -> float:
     source = find_local(model.clip, model.clip_weights or None)
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     return sum(check_whole([path]) if path.suffix == ".safetensors" else path.stat().st_size / 4 for path in files)
-
-
-def _described(model: ModelArguments, config: Mapping[str, Any], held: int | None) -> int:
-    """The number of parameters that config.json describes. ValueError if the files hold fewer."""
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.base))
-    described = sum(parameter.numel() for parameter in empty.parameters())
-    # Quantised weights are packed: their elements are not parameters.
-    if held is not None and held < 0.98 * described and "quantization_config" not in config:
-        raise ValueError(
-            f"--base {model.base}: its weights have {held / 1e9:.2f} billion elements, but config.json describes a "
-            f"model of {described / 1e9:.2f} billion: fetch the model again"
-        )
-    return described
 
 
 def _data(found: Findings, data: DataArguments, train: TrainArguments) -> int:

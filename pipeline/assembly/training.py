@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,9 @@ from pipeline.runtime import engine as runtime
 from pipeline.runtime import faults
 from pipeline.runtime.checkpoint import check_reader
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
-from pipeline.runtime.engine import Engine
 from pipeline.runtime.provenance import flatten, git_diff, run_record, write_json
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracking import Tracker
-from pipeline.runtime.validation import ValidationLoss
 
 MINI_SHARDS = REPO / "shards" / "mini"
 _PATHS = ("base", "clip_weights", "vqgan", "prior", "output_dir", "task_module")
@@ -129,11 +127,6 @@ class RunPlan:
             pin_memory=self.ranks.device.type == "cuda",
         )
         return (batches for _, batches in loader)
-
-    def validation(self, collator: Collator, engine: Engine, vision: VisionTower) -> Callable[[int], dict[str, float]]:
-        """The losses on the validation split, for the trainer to ask for; needs --eval_steps."""
-        assert self.valid is not None
-        return ValidationLoss(self.valid, collator, engine, vision, self.data.task_names, self.batch, self.weights)
 
     def check_resume(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint was made on another base model, order of samples or schedule."""

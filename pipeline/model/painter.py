@@ -66,6 +66,11 @@ class Painter:
         models = ImagePrior.load(Path(prior)).to(device), load_decoder(vqgan).to(device)
         return cls(*models, embed, embed_dim, sampling)
 
+    def to(self, device: torch.device) -> None:
+        """Moves both models."""
+        self.prior.to(device)
+        self.decoder.to(device)
+
     @torch.no_grad()
     def paint(
         self, embedding_GE: Tensor, seed: int, sampling: Sampling | None = None, keys: Sequence[int] | None = None

@@ -1,13 +1,19 @@
-"""Whether the weight files of a model are there and whole, told from their headers: seconds for 26 GB."""
+"""Whether the weight files of a model are there, whole, and all that it is made of, told from their headers: seconds
+for 26 GB."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _POINTER = b"version https://git-lfs"
@@ -30,11 +36,12 @@ def check_whole(files: Iterable[Path]) -> int:
     return elements
 
 
-def check_folder(folder: str | Path) -> int | None:
-    """The number of elements in a Hugging Face folder's weights; None for pytorch_model*.bin, which are not opened.
+def check_folder(folder: str | Path) -> int:
+    """The number of parameters of the causal LM in a Hugging Face folder. pytorch_model*.bin are not opened.
 
     Raises:
-        ValueError: there are none, or the index names files or tensors that are not there.
+        ValueError: there are no weights, the index names files or tensors that are not there, or the files lack what
+            config.json describes.
     """
     folder = Path(folder)
     indexed = _index(folder)
@@ -47,16 +54,59 @@ def check_folder(folder: str | Path) -> int | None:
             raise ValueError(f"{folder} holds no *.safetensors (nor pytorch_model*.bin): fetch the model's weights")
         for path in pickled:
             _refuse_pointer(path)
-        return None
+        return _described(folder, {})
     # A folder may hold the weights once more, in one file.
     named = sorted({folder / name for name in indexed.values()}) if indexed else files
-    elements = check_whole(named)
-    for path in named if indexed else ():
+    check_whole(named)
+    held: dict[str, torch.Tensor] = {}
+    for path in named:
         with safe_open(path, framework="pt") as file:
-            held = set(file.keys())
-        if lost := [tensor for tensor, name in indexed.items() if name == path.name and tensor not in held]:
+            own = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if lost := [tensor for tensor, name in indexed.items() if name == path.name and tensor not in own]:
             raise ValueError(f"{path} lacks tensors that the index names, such as {lost[0]}: fetch the model again")
-    return elements
+        held |= {name: torch.empty(shape, device="meta") for name, shape in own.items()}
+    return _described(folder, held)
+
+
+def _described(folder: Path, held: dict[str, torch.Tensor]) -> int:
+    """The number of parameters that config.json describes, found in `held` (shapes, no values) unless that is empty."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    # Quantised weights are packed: their tensors are not those of the parameters.
+    if held and getattr(config, "quantization_config", None) is None:
+        disable_progress_bar()
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            # transformers itself, which knows the names that older files have, loads the shapes alone.
+            _, found = type(empty).from_pretrained(
+                None,
+                config=config,
+                state_dict=held,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        finally:
+            logging.set_verbosity(level)
+        refuse_gaps(folder, found)
+    return sum(parameter.numel() for parameter in empty.parameters())
+
+
+def refuse_gaps(folder: str | Path, found: Mapping[str, Any]) -> None:
+    """Raises ValueError naming tensors that a model's files lack or hold in another shape.
+
+    found: what from_pretrained returns with output_loading_info; transformers itself would draw such tensors at random
+    and go on with a warning.
+    """
+    gaps = sorted(found["missing_keys"])
+    gaps += [f"{name} ({[*there]} instead of {[*wanted]})" for name, there, wanted in sorted(found["mismatched_keys"])]
+    if gaps:
+        raise ValueError(
+            f"{folder}: its files lack tensors that config.json describes, or hold them in another shape: "
+            f"{_some(gaps)}; fetch the model again"
+        )
 
 
 def _index(folder: Path) -> dict[str, str]:

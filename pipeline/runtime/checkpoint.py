@@ -27,6 +27,7 @@ from torch import nn
 
 from pipeline.runtime import elastic
 from pipeline.runtime.elastic import TrainedState
+from pipeline.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     # Inference reads checkpoints too and does without DeepSpeed, whose import takes seconds.
@@ -152,8 +153,8 @@ def seal(part: Path, final: Path, step: int) -> int:
     return size
 
 
-def verify(path: str | Path) -> list[str]:
-    """What is wrong with a checkpoint folder, in words; nothing if it is whole."""
+def verify(path: str | Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with a checkpoint folder, in words; nothing if it is whole. Without `contents` sizes must do."""
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -167,7 +168,7 @@ def verify(path: str | Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif part.stat().st_size != fact["bytes"]:
             problems.append(f"{name} has {part.stat().st_size} bytes instead of {fact['bytes']}")
-        elif _sha256(part) != fact["sha256"]:
+        elif contents and _sha256(part) != fact["sha256"]:
             problems.append(f"{name} has another sha256 than when it was written")
     return problems
 
@@ -201,6 +202,48 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
     if found is None:
         raise ValueError(f"--resume {resume}: there is no whole checkpoint")
     return found
+
+
+def agree_on_resume(resume: str, output_dir: str | Path, ranks: Ranks) -> Path | None:
+    """What rank 0 finds by `find_resume`, for all ranks; each must see the same folder. Collective.
+
+    Raises ValueError on every rank: what find_resume raises, or which ranks see another folder than rank 0 does, as
+    where it lies on a disk of one node. They would go on from different steps.
+    """
+    found: Path | None = None
+    manifest = problem = ""
+    # Of an explicit --resume the run's own folder says nothing.
+    newest = next((step for step, _ in list_checkpoints(output_dir)), -1) if resume == "auto" else -1
+    if ranks.is_main:
+        try:
+            found = find_resume(resume, output_dir)
+            manifest = (found / MANIFEST).read_text(encoding="utf-8") if found else ""
+        except ValueError as error:
+            problem = str(error)
+    found, manifest, problem, main_newest = ranks.from_main((found, manifest, problem, newest))
+    if problem:
+        raise ValueError(problem)
+    mine = _seen_otherwise(found, manifest) if found else ""
+    # File systems take a while to show what another node has removed: a rank may see older checkpoints besides.
+    if not mine and newest > main_newest:
+        mine = f"{Path(output_dir).absolute()} holds checkpoint-{newest} here, which rank 0 does not see"
+    ranks.agree(mine and f"{mine}. {_SHARE}")
+    return found
+
+
+_SHARE = (
+    "Give an --output_dir (and --resume) on a file system that all nodes share, or --resume never to start anew; the "
+    "ranks would go on from different steps"
+)
+
+
+def _seen_otherwise(found: Path, manifest: str) -> str:
+    """How this rank's view of the checkpoint that rank 0 has found differs; "" if it does not."""
+    if problems := verify(found, contents=False):
+        return f"{found.absolute()}, which rank 0 goes on from, is not whole here ({'; '.join(problems)})"
+    if (found / MANIFEST).read_text(encoding="utf-8") != manifest:
+        return f"{found.absolute()}, which rank 0 goes on from, is another checkpoint here"
+    return ""
 
 
 def prune(output_dir: str | Path, *, keep: int, newest: Path) -> None:

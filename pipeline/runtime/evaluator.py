@@ -90,6 +90,7 @@ class Evaluator:
         inception: for FID, KID and IS; None leaves them out.
         limit: only the split's first so many samples; 0 for all.
         seed: of the pictures' draw; each picture's draw depends on it and on the sample alone.
+        progress: show a bar, on the first rank.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Evaluator:
         limit: int = 0,
         num_workers: int = 0,
         seed: int = 0,
+        progress: bool = True,
     ) -> None:
+        self.progress = progress
         self.tuner, self.vision, self.token_map, self.collator = tuner, vision, token_map, collator
         self.dataset, self.painter, self.inception, self.tasks = dataset, painter, inception, tuple(tasks)
         self.ranks, self.batch_size, self.max_new_tokens = ranks, batch_size, max_new_tokens
@@ -165,7 +168,7 @@ class Evaluator:
             desc=f"evaluating ({condition})",
             unit="batch",
             mininterval=1,
-            disable=not self.ranks.is_main,
+            disable=not (self.progress and self.ranks.is_main),
         ) as bar:
             for prompts in loader:
                 skipped += prompts.skipped

@@ -25,6 +25,10 @@ _PEER_TEXTS = (
 )
 
 
+_WORKER_TEXT = "DataLoader worker"
+"""What torch says of a process that it loads with and that is no longer there begins with it."""
+
+
 class Fault(RuntimeError):
     """Stops a run and needs no traceback: the message says what happened and what to do."""
 
@@ -42,6 +46,13 @@ def explain(error: Exception, script: str) -> tuple[str, int]:
             f"{script}: error: another rank has ended, so that this one cannot go on. If nothing above says why, it "
             "was killed: by hand, or by the kernel for want of CPU memory (dmesg, or sacct's State). The same command "
             f"goes on from the newest checkpoint. ({_first_line(error)})",
+            1,
+        )
+    if isinstance(error, RuntimeError) and _WORKER_TEXT in str(error):
+        return (
+            f"{script}: error: a loader process has ended. If nothing above says why, it was killed, mostly by the "
+            "kernel for want of CPU memory or of /dev/shm: lower --num_workers, or ask for more memory (SLURM: --mem). "
+            f"The same command goes on from the newest checkpoint. ({_first_line(error)})",
             1,
         )
     return "".join(traceback.format_exception(error)), 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import re
 import socket
 import sys
@@ -67,12 +68,15 @@ class Ranks:
         """Waits for every rank."""
         self.sum([0.0])
 
-    def agree(self, error: BaseException | str | None) -> None:
-        """Raises on every rank if any rank brings an error, so that none waits for one that has stopped."""
-        text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-        failures = [f"rank {rank}: {said}" for rank, said in enumerate(self.gather(text)) if said]
-        if failures:
-            raise RuntimeError("; ".join(failures)) from (error if isinstance(error, BaseException) else None)
+    def agree(self, problem: str) -> None:
+        """Raises ValueError on every rank, naming ranks and hosts, unless all bring "": none waits for one
+        that has stopped."""
+        said: dict[str, list[str]] = {}
+        for rank, (node, text) in enumerate(self.gather((host(), problem))):
+            if text:
+                said.setdefault(text, []).append(f"rank {rank} on {node}")
+        if said:
+            raise ValueError("; ".join(f"{', '.join(who)}: {text}" for text, who in said.items()))
 
 
 def join(ranks: Ranks, *, timeout_minutes: float = 120.0) -> None:
@@ -140,6 +144,11 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port() if world == 1 else 29500)
     return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env), launched=launched)
+
+
+def host() -> str:
+    """This node's name; SLURM's where it gives one."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def first_host(nodelist: str) -> str:

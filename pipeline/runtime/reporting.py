@@ -1,4 +1,4 @@
-"""The contact sheet's cards of an evaluation."""
+"""The contact sheet's cards of answers."""
 
 from __future__ import annotations
 

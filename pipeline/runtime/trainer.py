@@ -137,9 +137,7 @@ class Trainer:
         set_step = getattr(self.engine.module, "set_step", None)
         if set_step is not None:
             set_step(step)
-        watch_units = getattr(self.engine.module, "watch_units", None)
-        if watch_units is not None:
-            watch_units(self._is_logged(step + 1))
+        self._watch_units(self._is_logged(step + 1))
         counts = self._count(batches, stop)
         scale = 1.0 / (self.ranks.world_size * len(batches))
         norms = Norms(
@@ -160,6 +158,8 @@ class Trainer:
             parts.update(sums)
             if index + 1 < len(batches):
                 self.engine.step()
+        # A validation's forwards are no part of the interval's figures.
+        self._watch_units(False)
         own, sums = self._reduce(losses, parts, scale)
         if self.engine.step():
             self._bad.good()
@@ -169,6 +169,11 @@ class Trainer:
             self._bad.bad(step, batches, own)
         self._meter.add(samples=counts["rows"], tokens=counts["all_tokens"], slots=counts["slots"])
         return counts["stop"] > 0
+
+    def _watch_units(self, on: bool) -> None:
+        watch_units = getattr(self.engine.module, "watch_units", None)
+        if watch_units is not None:
+            watch_units(on)
 
     def _count(self, batches: Sequence[TrainingBatch], stop: bool) -> dict[str, float]:
         """The global batch's counts, and whether a rank was asked to stop, in one reduction."""

@@ -21,7 +21,11 @@ class DataArguments:
     shuffle_window: int = flag(16384, "samples shuffled together, so that storage is read in long runs; 0 for all")
     tasks: str = flag(",".join(TASKS), "tasks that are tuned together")
     task_module: str = flag("", "Python file that registers a task of your own, to be named in tasks (see the README)")
-    task_mix: str = flag("", "share of each task in every global batch, as in 2,1,1,1; empty: equal")
+    task_mix: str = flag(
+        "",
+        "share of each task in every global batch, as in 2,1,1,1 in the order of tasks, or by name: reasoning=2 (the "
+        "others 1; a task that is not tuned has none); empty: equal",
+    )
     referring_objects: int = flag(3, "objects asked for in one referring prompt, at most")
     max_length: int = flag(512, "tokens per sample at most, image tokens included")
     packing: bool = flag(True, "several samples to a row while training, each seen by itself alone; else padded rows")
@@ -60,7 +64,16 @@ class DataArguments:
         """One share per task, in any unit."""
         if not self.task_mix:
             return (1.0,) * len(self.task_names)
-        shares = numbers(self.task_mix)
+        if "=" in self.task_mix:
+            named = {
+                name.strip(): numbers(share)
+                for name, _, share in (part.partition("=") for part in self.task_mix.split(","))
+            }
+            known = set(named) <= set(TASKS) and all(map(len, named.values()))
+            need(known, f"task_mix takes name=share, names of {','.join(TASKS)}", self.task_mix)
+            shares = tuple(named.get(name, (1.0,))[0] for name in self.task_names)
+        else:
+            shares = numbers(self.task_mix)
         need(
             len(shares) == len(self.task_names) and min(shares) >= 0 and sum(shares) > 0,
             f"task_mix takes {len(self.task_names)} shares, one per task ({self.tasks})",

@@ -88,6 +88,7 @@ class TrainArguments(RunArguments):
     lambda_seg: float = flag(1.0, "weight of the masks' Dice loss")
     lambda_gen: float = flag(10.0, "weight of the pictures' CLIP embedding loss (MSE)")
     lambda_bce: float = flag(0.0, "weight of the masks' pixel loss (BCE)")
+    eval_samples: int = flag(4, "samples of each task whose answers a validation draws, as a sheet in MLflow; 0: none")
     preflight: bool = flag(False, "only check files, batch, disk and memory, load no model; exit code 0 if all is well")
     register_model: str = flag("", "when done, the tuned weights become a version of this registered model of MLflow")
     mlflow_parent: str = flag("", "id of the MLflow run that this one is a child of (pipeline/ablate.py gives it)")
@@ -96,6 +97,7 @@ class TrainArguments(RunArguments):
         super().__post_init__()
         for name in ("lambda_seg", "lambda_gen", "lambda_bce"):
             need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        need(self.eval_samples >= 0, "eval_samples must not be negative", self.eval_samples)
 
     @property
     def learning_rates(self) -> dict[str, float | None]:
