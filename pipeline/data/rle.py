@@ -5,6 +5,7 @@ that it is plain JSON. Runs go down the columns and begin with a run of zeros.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from pipeline.data.brief import brief
 
 MAX_PIXELS = 64_000_000
 """Largest mask in pixels; the size comes from files, and decoding allocates it."""
+_ORDINARY = 4096
+"""Characters of counts; a longer mask's runs are not kept, so that hostile files cannot fill memory."""
 
 
 def _with_text_counts(rle: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +27,19 @@ def _with_text_counts(rle: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(counts: str) -> np.ndarray:
+    """The run lengths behind compressed counts, int64, not to be written to; those of ordinary masks are kept for a
+    while, since a mask is checked when it is read and shrunk when its batch is made."""
+    return _remembered(counts) if len(counts) <= _ORDINARY else _parse(counts)
+
+
+@lru_cache(maxsize=256)  # more masks than a batch reads before it shrinks them
+def _remembered(counts: str) -> np.ndarray:
+    runs = _parse(counts)
+    runs.setflags(write=False)
+    return runs
+
+
+def _parse(counts: str) -> np.ndarray:
     """The run lengths behind compressed counts, int64 (pycocotools' rleFrString, with its arithmetic and with checks).
 
     Five bits a character, the lowest first, 32 marks that more follow; from the fourth number on, each is the
