@@ -1,6 +1,7 @@
 """Speed of the training step beside its peers, at MMUD's lengths, on random weights.
 
     python benchmarks/train_step.py                                       # --size cpu, a LLaMA of 134M parameters
+    python benchmarks/train_step.py --size small                          # of 106M
     python benchmarks/train_step.py --size 7b --csv benchmarks/results.csv    # one 80 GB GPU, bf16
     python benchmarks/train_step.py --size 7b --liger --compile_layers    # and two lines more
 
@@ -63,6 +64,7 @@ CLIP = SimpleNamespace(width=1024, grid=16, taps=(7, 15, 23), embed_dim=768, pat
 """ViT-L/14 at 224 pixels."""
 SIZES: dict[str, dict[str, int]] = {
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "cpu": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -303,7 +305,9 @@ def where(device: torch.device, threads: int) -> str:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="the LLaMA (default: cpu, 134M parameters)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="cpu", help="the LLaMA (default: cpu, 134M parameters; small: 106M)"
+    )
     parser.add_argument("--samples", type=int, default=12, help="samples per step (default: 12, the paper's)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that count (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
