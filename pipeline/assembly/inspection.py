@@ -68,15 +68,17 @@ class Inspection:
         return f"{table}\n{note}\nFigures and tables: {self.folder}"
 
     def _record(self, name: str) -> dict[str, Firing]:
-        return {
-            task: record(self.tuner, tqdm(self._batches(task), desc=f"{name} {task}", unit="batch", leave=False), task)
-            for task in self.tasks
-        }
-
-    def _batches(self, task: str) -> Iterator[tuple[Batch, VisionFeatures]]:
-        """The first samples of the split, each asked for this task."""
         size = min(self.args.batch, len(self.dataset))
         count = min(self.args.samples, len(self.dataset)) // size
+
+        def watched(task: str) -> Iterator[tuple[Batch, VisionFeatures]]:
+            batches = self._batches(task, size, count)
+            return iter(tqdm(batches, desc=f"{name} {task}", total=count, unit="batch", leave=False))
+
+        return {task: record(self.tuner, watched(task), task) for task in self.tasks}
+
+    def _batches(self, task: str, size: int, count: int) -> Iterator[tuple[Batch, VisionFeatures]]:
+        """The first `count` batches of `size` samples of the split, each asked for this task."""
         order = SampleOrder(len(self.dataset), 0, size, (task,), (1.0,))
         loader = build_loader(
             self.dataset,
