@@ -42,6 +42,7 @@ def begin(folder: Path, shards: Path, attempt: int) -> Job:
         "deepspeed": REPO / "ds_configs/z2.json",
         "bf16": "false",
         "global_batch": 4,
+        "task_mix": "1,1,1,1",  # one of each in every step, so that losses of two steps compare
         "micro_batch": 1,
         "max_steps": STEPS,
         "lr": 1e-3,
