@@ -46,6 +46,7 @@ def test_the_path_is_chosen_by_device_and_environment_and_logged_once(monkeypatc
     for asked, taken in (("", "reference"), ("reference", "reference"), ("triton", "triton")):
         monkeypatch.setenv("SPARSE_KERNELS", asked)
         assert choose(h.to(DEVICE) if taken == "triton" else h, wz.to(DEVICE) if taken == "triton" else wz) == taken
+        assert choose(h.to("meta"), wz.to("meta")) == "reference"
     if DEVICE == "cuda":
         monkeypatch.delenv("SPARSE_KERNELS")
         assert choose(h.cuda(), wz.cuda()) == "triton"

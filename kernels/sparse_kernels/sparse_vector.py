@@ -2,8 +2,9 @@
 
 Unset, CUDA tensors that the Triton kernels can take go to them and everything else to plain PyTorch.
 `SPARSE_KERNELS=reference python pipeline/train.py` takes plain PyTorch everywhere; `SPARSE_KERNELS=triton` insists on
-the kernels and says why where they cannot run. On a CPU they run in Triton's interpreter, for tests, when
-TRITON_INTERPRET=1 is set before the start. The path taken is logged once (logger "sparse_kernels").
+the kernels and says why where they cannot run; tensors without content (device meta, by which memory and work are
+counted) always take plain PyTorch. On a CPU the kernels run in Triton's interpreter, for tests, when TRITON_INTERPRET=1
+is set before the start. The path taken is logged once (logger "sparse_kernels").
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def choose(h: Tensor, wz: Tensor) -> str:
     asked = os.environ.get("SPARSE_KERNELS") or None
     if asked is not None and asked not in IMPLEMENTATIONS:
         raise ValueError(f"SPARSE_KERNELS={asked!r} is unknown: unset it or choose one of {sorted(IMPLEMENTATIONS)}")
+    if h.is_meta:
+        return "reference"
     why = None if asked == "reference" or (asked is None and not h.is_cuda) else refusal(h, wz)
     if why is not None and asked == "triton":
         raise ValueError(f"SPARSE_KERNELS=triton: the Triton kernels cannot run: {why}; or unset SPARSE_KERNELS")
