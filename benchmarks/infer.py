@@ -124,7 +124,7 @@ def main() -> None:
     rate = bandwidth(weights, device, sync)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"{model.loaded.trained.folder.name} on {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"Weights read per token: {weights / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {1e3 * weights / rate:.2f} ms, ")
+    print(f"Weights read per token: {weights / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {1e3 * weights / rate:.2f} ms,")
     print(f"that is {rate / weights:.0f} tokens/s at most at batch 1.\n")
 
     def ask(task: str, images: Any, texts: Any, **more: Any) -> Any:
