@@ -141,6 +141,23 @@ def test_pruning(tmp_path: Path) -> None:
     assert [path.exists() for path in paths] == [False, False, True]
 
 
+def test_killed_while_pruning_no_torn_checkpoint_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [save(tmp_path, step) for step in (2, 10)]
+
+    def remove_one(path: Path, **options: bool) -> None:
+        if Path(path).exists():
+            next(iter(sorted(Path(path).iterdir(), reverse=True))).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", remove_one)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, keep=1, newest=paths[-1])
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [10]
+    save(tmp_path, 12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+
+
 def test_newest_is_by_number(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         save(tmp_path, step)

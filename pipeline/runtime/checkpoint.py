@@ -145,12 +145,22 @@ def seal(part: Path, final: Path, step: int) -> int:
     size = sum(path.stat().st_size for path in part.iterdir())
     old = final.with_name(final.name + ".old")
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
         os.replace(final, old)
     os.replace(part, final)
     _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
     return size
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint, if it is there. From the first moment on it bears the name of an unfinished one: a job that
+    is killed half-way leaves nothing that looks like a checkpoint, and the next save clears it away."""
+    if path.exists():
+        gone = path.with_name(path.name + ".tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def verify(path: str | Path, *, contents: bool = True) -> list[str]:
@@ -258,7 +268,7 @@ def prune(output_dir: str | Path, *, keep: int, newest: Path) -> None:
         if kept < keep and (path / MANIFEST).exists():
             kept += 1
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
 
 
 def set_aside(output_dir: str | Path) -> Path | None:
