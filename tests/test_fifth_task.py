@@ -178,6 +178,7 @@ def test_the_report_holds_every_score_of_all_five(root: Path, facts: Facts) -> N
     missing = {"caption_meteor", "picture_fid", "picture_kid", "picture_is", "picture_text_r1_of_50"}
     forced = {name for name, value in found["teacher_forced"].items() if value is None}
     assert forced == missing
+    assert found["teacher_forced"]["grounding_box_iou"] > 0
     intervals = found["intervals"]["teacher_forced"]
     without = {"picture_clip_frechet", "picture_clip_kernel"}
     assert set(intervals) == set(found["teacher_forced"]) - missing - without
