@@ -48,7 +48,7 @@ def choose(h: Tensor, wz: Tensor) -> str:
     asked = os.environ.get("SPARSE_KERNELS") or None
     if asked is not None and asked not in IMPLEMENTATIONS:
         raise ValueError(f"SPARSE_KERNELS={asked!r} is unknown: unset it or choose one of {sorted(IMPLEMENTATIONS)}")
-    if h.is_meta:
+    if h.is_meta and wz.is_meta:
         return "reference"
     why = None if asked == "reference" or (asked is None and not h.is_cuda) else refusal(h, wz)
     if why is not None and asked == "triton":
