@@ -12,82 +12,44 @@ flag.
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 
-from pipeline.assembly import parts
+from pipeline.assembly import parts, running
 from pipeline.assembly.prior import plan_prior
-from pipeline.assembly.training import log_record
 from pipeline.config import PriorArguments, RunArguments, parse
 from pipeline.model.prior_training import PictureCoder
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.checkpoint import agree_on_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.checkpoint import agree_on_resume, read_state
 from pipeline.runtime.entry import run_ranks
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.stopping import DONE
-from pipeline.runtime.tracking import Tracker
-from pipeline.runtime.trainer import Trainer
 
 
 def run(args: PriorArguments, settings: RunArguments, ranks: Ranks) -> str:
     """Builds the parts in order, cheap checks first, and trains; returns how the run ended (DONE or REQUEUE)."""
+    began = time.perf_counter()
     plan = plan_prior(args, settings, ranks)
     resume = agree_on_resume(settings.resume, settings.output_dir, ranks)
     vision = parts.load_tower(args.clip, args.clip_weights, ranks.device)
     config = plan.prior_config(vision)
     if resume is not None:
         plan.check_resume(read_state(resume), config)
-    if settings.resume == "never" and ranks.is_main and (earlier := set_aside(settings.output_dir)):
-        print(f"Starting anew; the earlier run's files are now in {earlier}.")
-    if ranks.is_main:
-        print(plan.describe(resume, config))
-
+    running.announce(plan.schedule, plan.describe(config), resume)
     model = plan.make_model(config)
-    groups = model.parameter_groups(settings.lr, settings.weight_decay)
-    engine = runtime.Engine(model, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
-    state = load_checkpoint(engine, resume) if resume is not None else {}
-    first = state.get("step", 0)
-
     record = plan.record(config, model)
     collator, coder = plan.make_collator(vision), PictureCoder(vision, plan.decoder)
-    tracker = Tracker(
-        settings.output_dir,
-        experiment=settings.mlflow_experiment,
-        run_name=settings.run_name or Path(settings.output_dir).name,
-        resume_step=first,
-        run_id=state.get("mlflow_run_id"),
-        enabled=ranks.is_main,
+    return running.train(
+        plan.schedule,
+        model,
+        model.parameter_groups(settings.lr, settings.weight_decay),
+        resume=resume,
+        collator=collator,
+        features=coder,
+        record=record,
+        make_validation=lambda engine, tracker: plan.validation(collator, engine, coder),
+        flops_per_token=6.0 * record["parameters"]["trained"],
+        finish=lambda tracker: plan.write_prior(config) if ranks.is_main else "",
+        began=began,
     )
-    ended = "FAILED"
-    try:
-        log_record(tracker, record, settings.output_dir, ranks, first)
-        trainer = Trainer(
-            engine,
-            plan.batches(collator, first),
-            coder,
-            tracker,
-            output_dir=settings.output_dir,
-            first_step=first,
-            last_step=plan.steps,
-            seed=settings.seed,
-            logging_steps=settings.logging_steps,
-            save_steps=settings.save_steps,
-            keep=settings.save_total_limit,
-            eval_steps=settings.eval_steps,
-            on_validate=plan.validation(collator, engine, coder) if settings.eval_steps else None,
-            state=record,
-            max_bad_share=args.max_bad_share,
-            max_bad_steps=settings.max_bad_steps,
-            bad_steps=state.get("bad_steps"),
-            hang_timeout=settings.hang_timeout,
-            flops_per_token=6.0 * record["parameters"]["trained"],
-        )
-        marker = trainer.train()
-        ended = "FINISHED" if marker == DONE else "KILLED"
-        if ranks.is_main and marker == DONE:
-            print(plan.write_prior(config))
-        return marker
-    finally:
-        tracker.close(ended)
 
 
 def main() -> int:

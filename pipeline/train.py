@@ -15,17 +15,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pipeline.assembly import parts, preflight
-from pipeline.assembly import training as assembly
+from pipeline.assembly import parts, preflight, running
+from pipeline.assembly.training import RunPlan, finish, flops_per_token, plan_run, prepare_tuner
 from pipeline.assembly.validation import make_validation, sheet_painter
 from pipeline.config import DataArguments, ModelArguments, TrainArguments, parse
 from pipeline.runtime import engine as runtime
-from pipeline.runtime.checkpoint import agree_on_resume, load_checkpoint, read_state, set_aside
+from pipeline.runtime.checkpoint import agree_on_resume, read_state
 from pipeline.runtime.entry import run_ranks
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.stopping import DONE
-from pipeline.runtime.tracking import Tracker
-from pipeline.runtime.trainer import Trainer
 
 
 def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> str:
@@ -36,7 +34,7 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
     preflight.check(model, data, train, ranks)
     if train.preflight:
         return DONE
-    plan = assembly.plan_run(model, data, train, ranks)
+    plan = plan_run(model, data, train, ranks)
     resume = agree_on_resume(train.resume, train.output_dir, ranks)
     if resume is not None:
         plan.check_resume(read_state(resume))
@@ -44,72 +42,33 @@ def run(model: ModelArguments, data: DataArguments, train: TrainArguments, ranks
         return tune(plan, resume)
 
 
-def tune(plan: assembly.RunPlan, resume: Path | None) -> str:
+def tune(plan: RunPlan, resume: Path | None) -> str:
     """Builds the parts in order and trains; returns how the run ended."""
-    model, data, train, ranks = plan.model, plan.data, plan.train, plan.ranks
+    model, data, train = plan.model, plan.data, plan.train
     began = time.perf_counter()
-    vision = parts.load_vision(model, ranks.device)
+    vision = parts.load_vision(model, plan.ranks.device)
     painter = sheet_painter(plan, vision)
     token_map = parts.load_token_map(model)
     collator = parts.make_collator(model, data, token_map, vision, train.seed)
-    if train.resume == "never" and ranks.is_main and (earlier := set_aside(train.output_dir)):
-        print(f"Starting anew; the earlier run's files are now in {earlier}.")
-    if ranks.is_main:
-        print(plan.describe(resume))
-
-    tuner = assembly.prepare_tuner(plan, vision)
-    groups = tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates)
-    engine = runtime.Engine(tuner, groups, plan.deepspeed, ranks, optimizer=plan.optimizer)
-    state = load_checkpoint(engine, resume) if resume is not None else {}
-    first = state.get("step", 0)
-
+    running.announce(plan.schedule, plan.describe(), resume)
+    tuner = prepare_tuner(plan, vision)
     record = plan.record(tuner, token_map)
-    tracker = Tracker(
-        train.output_dir,
-        experiment=train.mlflow_experiment,
-        run_name=train.run_name or Path(train.output_dir).name,
-        resume_step=first,
-        run_id=state.get("mlflow_run_id"),
-        enabled=ranks.is_main,
+    return running.train(
+        plan.schedule,
+        tuner,
+        tuner.parameter_groups(train.lr, weight_decay=train.weight_decay, lrs=train.learning_rates),
+        resume=resume,
+        collator=collator,
+        features=vision,
+        record=record,
+        make_validation=lambda engine, tracker: make_validation(
+            plan, engine, tracker, vision=vision, token_map=token_map, collator=collator, painter=painter
+        ),
+        flops_per_token=flops_per_token(tuner),
+        finish=lambda tracker: finish(plan, tracker, record),
+        began=began,
+        weights=plan.weights,
     )
-    ended = "FAILED"
-    try:
-        assembly.log_record(tracker, record, train.output_dir, ranks, first)
-        trainer = Trainer(
-            engine,
-            plan.batches(collator, first),
-            vision,
-            tracker,
-            output_dir=train.output_dir,
-            first_step=first,
-            last_step=plan.steps,
-            weights=plan.weights,
-            seed=train.seed,
-            logging_steps=train.logging_steps,
-            save_steps=train.save_steps,
-            keep=train.save_total_limit,
-            eval_steps=train.eval_steps,
-            on_validate=make_validation(
-                plan, engine, tracker, vision=vision, token_map=token_map, collator=collator, painter=painter
-            ),
-            state=record,
-            max_bad_share=data.max_bad_share,
-            max_bad_steps=train.max_bad_steps,
-            bad_steps=state.get("bad_steps"),
-            hang_timeout=train.hang_timeout,
-            flops_per_token=assembly.flops_per_token(tuner),
-        )
-        loaded = time.perf_counter()
-        marker = trainer.train()
-        ended = "FINISHED" if marker == DONE else "KILLED"
-        assembly.log_seconds(train.output_dir, ranks, load=loaded - began, tune=time.perf_counter() - loaded)
-        if marker == DONE:
-            assembly.register(tracker, train.register_model, record, train.output_dir, plan.steps, ranks)
-        if ranks.is_main and marker == DONE:
-            print(plan.closing())
-        return marker
-    finally:
-        tracker.close(ended)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.assembly import parts
-from pipeline.assembly.training import with_absolute_paths
+from pipeline.assembly.running import with_absolute_paths
 from pipeline.config import PRESETS, DataArguments, ModelArguments, TrainArguments, to_dict
 from pipeline.inference import NeuralTuner
 from pipeline.mini.source import MiniSource

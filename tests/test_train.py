@@ -24,7 +24,7 @@ from train_world import World, launcher
 
 from pipeline.assembly import parts
 from pipeline.assembly.evaluation import open_checkpoint
-from pipeline.assembly.training import with_absolute_paths
+from pipeline.assembly.running import with_absolute_paths
 from pipeline.config import DataArguments, ModelArguments, to_dict
 from pipeline.runtime.checkpoint import load_trained, read_state, verify
 from pipeline.scoring.scores import CONDITIONS, SCORES

@@ -24,7 +24,7 @@ import torch
 
 from pipeline.assembly import parts, speedups
 from pipeline.assembly.planning import estimate
-from pipeline.assembly.training import MINI_SHARDS, open_validation
+from pipeline.assembly.schedule import MINI_SHARDS, open_validation
 from pipeline.config import DataArguments, ModelArguments, TrainArguments
 from pipeline.data.mixture import folders
 from pipeline.model.vision import find_local

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.assembly import parts
-from pipeline.assembly.training import MINI_SHARDS, open_validation, pack_mini, with_absolute_paths
+from pipeline.assembly.running import with_absolute_paths
+from pipeline.assembly.schedule import Schedule, plan_schedule
 from pipeline.config import PriorArguments, RunArguments, to_dict
-from pipeline.data.batch import PictureBatch
-from pipeline.data.loader import build_loader
-from pipeline.data.mixture import MixedDataset, make_order
-from pipeline.data.order import SampleOrder
 from pipeline.data.pictures import PictureCollator
 from pipeline.model.fingerprint import fingerprint
 from pipeline.model.image_decoder import ImageDecoder, load_decoder
@@ -26,7 +22,6 @@ from pipeline.model.prior import ImagePrior, PriorConfig
 from pipeline.model.prior_training import PictureCoder, PriorTuner
 from pipeline.model.vision import VisionTower
 from pipeline.runtime.checkpoint import check_reader, load_trained
-from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.provenance import run_record
 from pipeline.runtime.ranks import Ranks
@@ -40,29 +35,17 @@ class PriorPlan:
     """Everything about a run that is known before CLIP is loaded."""
 
     args: PriorArguments
-    run: RunArguments
-    ranks: Ranks
-    dataset: MixedDataset
-    valid: MixedDataset | None
-    order: SampleOrder
-    batch: BatchPlan
-    optimizer: OptimizerSettings
-    deepspeed: dict[str, Any]
+    schedule: Schedule
     decoder: ImageDecoder
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.optimizer.total_steps
 
     @property
     def reader(self) -> dict[str, Any]:
         """What the samples, their order and the codes depend on; a resumed run must have the same."""
         return {
-            "digest": self.dataset.digest,
-            "seed": self.order.seed,
-            "global_batch": self.order.global_batch,
-            "shuffle_window": self.order.window,
+            "digest": self.schedule.dataset.digest,
+            "seed": self.schedule.order.seed,
+            "global_batch": self.schedule.order.global_batch,
+            "shuffle_window": self.schedule.order.window,
             "image_decoder": fingerprint(self.args.vqgan),
         }
 
@@ -84,16 +67,12 @@ class PriorPlan:
         """Raises ValueError if a checkpoint is of other data, another decoder, another schedule or other sizes."""
         check_reader(state["reader"], self.reader)
         check_reader(state["prior"], dataclasses.asdict(config))
-        if state["total_steps"] != self.steps:
-            raise ValueError(
-                f"the checkpoint is of a run of {state['total_steps']} steps, this one has {self.steps}: give the same "
-                "--max_steps or --epochs, or start anew with --resume never"
-            )
+        self.schedule.check_resume(state)
 
     def make_model(self, config: PriorConfig) -> PriorTuner:
         """The transformer with initial values by the seed, the same on every rank."""
-        torch.manual_seed(self.run.seed)
-        model = PriorTuner(ImagePrior(config), self.args.condition_noise).to(self.ranks.device)
+        torch.manual_seed(self.schedule.run.seed)
+        model = PriorTuner(ImagePrior(config), self.args.condition_noise).to(self.schedule.ranks.device)
         if self.args.gradient_checkpointing:
             model.prior.transformer.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -108,60 +87,39 @@ class PriorPlan:
             n_codes=self.decoder.n_tokens,
         )
 
-    def batches(self, collator: PictureCollator, first: int) -> Iterator[list[PictureBatch]]:
-        """This rank's micro-batches of each step from `first` on."""
-        loader = build_loader(
-            self.dataset,
-            self.order,
-            collator,
-            rank=self.ranks.rank,
-            world=self.ranks.world_size,
-            micro_batch=self.batch.micro_batch,
-            first_step=first,
-            last_step=self.steps,
-            num_workers=self.args.num_workers,
-            max_bad_share=1.0,
-            pin_memory=self.ranks.device.type == "cuda",
-        )
-        return (batches for _, batches in loader)
-
-    def validation(self, collator: PictureCollator, engine: Engine, coder: PictureCoder) -> ValidationLoss:
-        """The loss per code on the validation split; needs --eval_steps."""
-        assert self.valid is not None
-        return ValidationLoss(self.valid, collator, engine, coder, _TASKS, self.batch, LossWeights())
+    def validation(self, collator: PictureCollator, engine: Engine, coder: PictureCoder) -> ValidationLoss | None:
+        """The loss per code on the validation split; None without --eval_steps."""
+        valid = self.schedule.valid
+        if valid is None:
+            return None
+        return ValidationLoss(valid, collator, engine, coder, _TASKS, self.schedule.batch, LossWeights())
 
     def record(self, config: PriorConfig, model: PriorTuner) -> dict[str, Any]:
         """The content of run.json, which every checkpoint holds too."""
         size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         return run_record(
-            with_absolute_paths(to_dict(self.args, self.run)),
-            deepspeed=self.deepspeed,
-            world_size=self.ranks.world_size,
+            with_absolute_paths(to_dict(self.args, self.schedule.run)),
+            deepspeed=self.schedule.deepspeed,
+            world_size=self.schedule.ranks.world_size,
             reader=self.reader,
             prior=dataclasses.asdict(config),
             base={"path": os.path.abspath(self.args.vqgan), "fingerprint": self.reader["image_decoder"]},
             parameters={"all": size, "trained": size},
         )
 
-    def describe(self, resume: Path | None, config: PriorConfig) -> str:
+    def describe(self, config: PriorConfig) -> str:
         """What is about to happen, in plain lines."""
-        b = self.batch
-        lines = [
+        return (
             f"Training an image prior ({config.layers} layers x {config.width}, {config.n_tokens} of {config.n_codes} "
-            f"codes) on {len(self.dataset):,} pictures of {self.args.data}: {self.steps:,} steps of {b.global_batch} "
-            f"({b.micro_batch} per pass x {b.accumulation} x {b.world_size} ranks), "
-            f"ZeRO-{self.deepspeed['zero_optimization']['stage']} on {self.ranks.device.type}. "
-            f"Output: {self.run.output_dir}"
-        ]
-        if resume is not None:
-            lines.append(f"Going on from {resume}; give --resume never to start anew.")
-        return "\n".join(lines)
+            f"codes) on {len(self.schedule.dataset):,} pictures of {self.args.data}: {self.schedule.steps:,} steps of "
+            f"{self.schedule.batch_words}"
+        )
 
     def write_prior(self, config: PriorConfig) -> str:
         """Makes <output_dir>/prior of the last checkpoint, for --prior; the line to tell. For one process alone."""
         model = PriorTuner(ImagePrior(config))
-        load_trained(model, Path(self.run.output_dir) / f"checkpoint-{self.steps}")
-        folder = Path(self.run.output_dir) / "prior"
+        load_trained(model, Path(self.schedule.run.output_dir) / f"checkpoint-{self.schedule.steps}")
+        folder = Path(self.schedule.run.output_dir) / "prior"
         model.prior.save(folder)
         return f"Trained: {folder}, for --prior beside --vqgan {self.args.vqgan} and --clip {self.args.clip}"
 
@@ -172,45 +130,5 @@ def plan_prior(args: PriorArguments, run: RunArguments, ranks: Ranks) -> PriorPl
     Raises:
         ValueError: data, batch arithmetic, DeepSpeed file or image decoder do not fit; the message says what to do.
     """
-    if Path(args.data) == MINI_SHARDS:
-        pack_mini(ranks)
-    dataset = parts.open_split(args.data, "train")
-    batch = plan_batch(run.global_batch, ranks.world_size, micro_batch=run.micro_batch, limit=run.max_micro_batch)
-    steps = count_steps(len(dataset), run.global_batch, epochs=run.epochs, max_steps=run.max_steps)
-    optimizer = OptimizerSettings(
-        lr=run.lr,
-        beta1=run.adam_beta1,
-        beta2=run.adam_beta2,
-        eps=run.adam_eps,
-        weight_decay=run.weight_decay,
-        max_grad_norm=run.max_grad_norm,
-        total_steps=steps,
-        warmup_steps=round(run.warmup_ratio * steps),
-    )
-    config = resolve(
-        read_json(run.deepspeed_file()),
-        plan=batch,
-        optimizer=optimizer,
-        bf16=run.use_bf16(ranks.device.type),
-        hidden_size=args.width,
-        on_cpu=ranks.device.type == "cpu",
-    )
-    return PriorPlan(
-        args=args,
-        run=run,
-        ranks=ranks,
-        dataset=dataset,
-        valid=open_validation(args.data, run) if run.eval_steps else None,
-        order=make_order(
-            dataset,
-            seed=run.seed,
-            global_batch=run.global_batch,
-            tasks=_TASKS,
-            task_mix=(1.0,),
-            window=args.shuffle_window,
-        ),
-        batch=batch,
-        optimizer=optimizer,
-        deepspeed=config,
-        decoder=load_decoder(args.vqgan).to(ranks.device),
-    )
+    schedule = plan_schedule(run, args, ranks, tasks=_TASKS, task_mix=(1.0,), hidden_size=args.width)
+    return PriorPlan(args=args, schedule=schedule, decoder=load_decoder(args.vqgan).to(ranks.device))

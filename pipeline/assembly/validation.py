@@ -42,10 +42,11 @@ def make_validation(
     painter: Painter | None,
 ) -> Callable[[int], dict[str, float]] | None:
     """What the trainer calls with a step for the losses; None without --eval_steps."""
-    if plan.valid is None:
+    valid, batch = plan.schedule.valid, plan.schedule.batch
+    if valid is None:
         return None
     data, train, ranks = plan.data, plan.train, plan.ranks
-    losses = ValidationLoss(plan.valid, collator, engine, vision, data.task_names, plan.batch, plan.weights)
+    losses = ValidationLoss(valid, collator, engine, vision, data.task_names, batch, plan.weights)
     # Without a picture decoder there is nothing to show of picture generation.
     draws = plan.model.prior and plan.model.vqgan
     tasks = [task for task in data.task_names if task in HEADINGS and (draws or task != "generation")]
@@ -56,7 +57,7 @@ def make_validation(
         vision=vision,
         token_map=token_map,
         collator=collator,
-        dataset=plan.valid,
+        dataset=valid,
         painter=painter,
         tasks=tasks,
         ranks=replace(ranks, rank=0, world_size=1),
