@@ -14,7 +14,7 @@ import pytest
 from pipeline.assembly import ablation, studies
 from pipeline.assembly.ablation import Ablation
 from pipeline.config import AblationArguments, DataArguments, ModelArguments, TrainArguments, parse
-from pipeline.scoring.ablation_table import COLUMNS
+from pipeline.scoring.ablation_table import COLUMNS, compare, figures
 from pipeline.scoring.scores import SCORES
 
 STUDIES = ("table3", "table4", "table5", "learning_rates")
@@ -74,8 +74,10 @@ def test_runs_every_row_at_every_seed_once(tmp_path: Path, ran: Ran) -> None:
         ("--beta", 2),
     ]
     assert all(words[-2:] == ["--mlflow_parent", "parent-id"] for words in trained(ran))
+    assert "lower than *all* by more than two standard errors" in text
     line = next(line for line in text.splitlines() if line.startswith("| without sparsity"))
-    assert line.count("0.610 ± 0.014") == len(COLUMNS) - 1
+    assert line.count("0.610 ± 0.014 ▲") == len(COLUMNS) - 1
+    assert "▲" not in next(line for line in text.splitlines() if line.startswith("| all"))
     assert line.endswith("| 2 |")
     assert "CIDEr" not in text
     assert (tmp_path / "study/table.md").read_text() == text
@@ -83,6 +85,27 @@ def test_runs_every_row_at_every_seed_once(tmp_path: Path, ran: Ran) -> None:
     before = len(ran)
     assert Ablation(args).run() == text
     assert len(ran) == before
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ((1.0, 2.0, 3.0), "same"),
+        # Beside 1, 2, 3: both deviations are 1, so that two standard errors are 2 sqrt(2/3) = 1.633.
+        ((2.6, 3.6, 4.6), "same"),
+        ((2.7, 3.7, 4.7), "higher"),
+        ((-0.7, 0.3, 1.3), "lower"),
+        ((9.0,), None),
+        (None, None),
+    ],
+)
+def test_a_difference_is_two_standard_errors(values: tuple[float, ...] | None, said: str | None) -> None:
+    def found(values: tuple[float, ...] | None) -> dict[str, Any] | None:
+        return (
+            figures([{"tuned": dict.fromkeys(SCORES, value)} for value in values])["referring_miou"] if values else None
+        )
+
+    assert compare(found(values), found((1.0, 2.0, 3.0))) == said
 
 
 def test_goes_on_where_it_was(tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +137,11 @@ def test_parts_share_the_runs_and_the_table(tmp_path: Path, ran: Ran) -> None:
     assert "20 of 20 runs" in text
     grid = text.split("## referring segmentation: mIoU")[1].split("##")[0]
     assert "| | 1 task | 2 tasks | 3 tasks | 4 tasks |" in grid
-    assert "| β = 1 | 0.600 ± 0.000 |" in grid
-    assert "| β = 0.4 | 0.100 ± 0.000 |" in grid
+    # Of one seed there is no deviation, and no difference that could be told.
+    assert "| β = 1 | 0.600 |" in grid
+    assert "| β = 0.4 | 0.100 |" in grid
+    few = AblationArguments(study="table4", rows="beta1_tasks1", seeds="0", output_dir=str(tmp_path / "study"))
+    assert Ablation(few).run() == text
 
 
 def test_other_flags_in_the_same_folder_are_refused(tmp_path: Path, ran: Ran) -> None:
@@ -128,14 +154,18 @@ def test_other_flags_in_the_same_folder_are_refused(tmp_path: Path, ran: Ran) ->
 
     start("--max_steps 2")
     with pytest.raises(ValueError, match="run with other flags"):
+        Ablation(
+            AblationArguments(study="table3", seeds="0", output_dir=str(tmp_path / "study"), table_only=True)
+        ).table()
+    with pytest.raises(ValueError, match="run with other flags"):
         start("--max_steps 3")
 
 
 def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path, ran: Ran) -> None:
     """Table 5's gaussian row is Table 3's whole, since gaussian is the default; so is its learning rate's."""
 
-    def start(study: str, rows: str, **flags: str) -> str:
-        folder = str(tmp_path / study)
+    def start(study: str, rows: str, *, into: str = "", **flags: str) -> str:
+        folder = str(tmp_path / (into or study))
         return Ablation(AblationArguments(study=study, rows=rows, seeds="0", output_dir=folder, **flags)).run()
 
     start("table3", "full")
@@ -143,8 +173,8 @@ def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path,
     assert [words[3] for words in trained(ran)[1:]] == ["level"]
     link = tmp_path / "table5/gaussian/seed0"
     assert link.is_symlink() and link.resolve() == tmp_path / "table3/full/seed0"
-    assert "2 of 2 runs" in text
-    start("learning_rates", "neural_0.004", eval_flags="--split test")
+    assert "2 of 4 runs" in text
+    start("learning_rates", "neural_0.004", into="rates_on_test", eval_flags="--split test")
     assert len(trained(ran)) == 2
     # Scored otherwise, or tuned otherwise: runs of their own.
     start("learning_rates", "neural_0.008")

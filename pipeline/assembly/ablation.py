@@ -71,6 +71,7 @@ class Ablation:
         rows = [row for row in self.study.rows if not asked or row.name in asked]
         # Seed by seed, so that a study that is stopped early has the whole table at fewer seeds.
         self.jobs = [self._job(row, seed) for seed in args.seed_list for row in rows]
+        self.whole = [self._job(row, seed) for seed in args.seed_list for row in self.study.rows]
 
     def _job(self, row: Row, seed: int) -> Job:
         folder = self.folder / row.name / f"seed{seed}"
@@ -110,10 +111,14 @@ class Ablation:
         return text
 
     def table(self) -> str:
-        """The table of every finished run of the study, whoever ran it."""
+        """The table of every finished run of the study, whoever ran it and whatever --rows names.
+
+        Raises ValueError if there is none, or one of other flags.
+        """
         reports: dict[str, dict[int, Any]] = {}
-        for job in self.jobs:
+        for job in self.whole:
             if job.finished:
+                self._check_flags(job)
                 report = json.loads((job.folder / "report.json").read_text())
                 reports.setdefault(job.row.name, {})[job.seed] = report
         if not reports:
@@ -126,8 +131,8 @@ class Ablation:
             for word in (f"--{name}", value)
         ]
         command = shlex.join(["python", "pipeline/ablate.py", self.args.study, "--seeds", self.args.seeds, *own])
-        note = f"{done} of {len(self.jobs)} runs, scored on the split {self.study.split}. Made by `{command}`."
-        return write_table(self.folder, self.study.title, self.study.rows, reports, note)
+        note = f"{done} of {len(self.whole)} runs, scored on the split {self.study.split}. Made by `{command}`."
+        return write_table(self.folder, self.study.title, self.study.rows, reports, note, self.study.reference)
 
     def _check_flags(self, job: Job) -> None:
         record = job.folder / "job.json"

@@ -23,11 +23,13 @@ _LABELS = {"neural": "neural tuning", "lora": "LoRA, matched size", "ia3": "IA3"
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What a table compares. split: of the data that its runs are scored on."""
+    """What a table compares. split: of the data that its runs are scored on; reference: label of the row that the
+    others are compared with, "" for none."""
 
     title: str
     rows: tuple[Row, ...]
     split: str = "test"
+    reference: str = ""
 
 
 def make_study(name: str, folder: Path) -> Study:
@@ -36,16 +38,17 @@ def make_study(name: str, folder: Path) -> Study:
     Raises ValueError if baselines is asked for before learning_rates has been run.
     """
     if name == "table3":
-        return Study("Neural tuning, one thing changed at a time", _table3())
+        return Study("Neural tuning, one thing changed at a time", _table3(), reference="all")
     if name == "table4":
-        return Study("Active share by number of tasks", _table4())
+        return Study("Active share by number of tasks", _table4(), reference="β = 0.4")
     if name == "table5":
         patterns = ("gaussian", "top2beta", "level", "distribution")
         rows = tuple(Row(one, one, ("--activation_pattern", one)) for one in patterns)
-        return Study("Activation patterns", rows)
+        return Study("Activation patterns", rows, reference=patterns[0])
     if name == "learning_rates":
         return Study("Learning rate of each tuner, on the validation split", _learning_rates(), split="valid")
-    return Study("Neural tuning beside LoRA and IA3", _baselines(folder.parent / "learning_rates" / "table.json"))
+    rows = _baselines(folder.parent / "learning_rates" / "table.json")
+    return Study("Neural tuning beside LoRA and IA3", rows, reference=rows[0].label)
 
 
 def _table3() -> tuple[Row, ...]:

@@ -1,7 +1,11 @@
 """The runs of a study as the paper's kind of table: mean ± standard deviation over seeds, in Markdown, CSV and JSON.
 
-table.json: {"title": ..., "rows": {name: {"label": ..., "column": ..., "flags": [...], "seeds": [...],
-"scores": {score: {"mean": m, "std": s, "values": [...]} or null}}}}.
+A score that differs from that of the reference row (in a grid: of the reference label in the same column) by more than
+two standard errors of the difference is marked.
+
+table.json: {"title": ..., "reference": label or "", "rows": {name: {"label": ..., "column": ..., "flags": [...],
+"seeds": [...], "scores": {score: {"mean": m, "std": s or null, "values": [...], "against_reference": "higher", "lower",
+"same" or null} or null}}}}.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +38,9 @@ COLUMNS = (
     *("caption_bleu4", "caption_cider", "caption_object_f1", "picture_text_r1_of_50", "picture_clip_cosine"),
 )
 """What table.md shows; table.csv and table.json have every score."""
-Figures = Mapping[str, Mapping[str, float] | None]
-"""Score -> mean, std (0 for one seed) and values; None where no run has it."""
+Figures = Mapping[str, Mapping[str, Any] | None]
+"""Score -> mean, std (None for one seed), values and against_reference; None where no run has it."""
+_MARKS = {"higher": " ▲", "lower": " ▼"}
 
 
 def figures(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
@@ -45,31 +51,61 @@ def figures(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | 
         if not values or None in values:
             found[name] = None
         else:
-            std = statistics.stdev(values) if len(values) > 1 else 0.0
-            found[name] = {"mean": statistics.fmean(values), "std": std, "values": values}
+            std = statistics.stdev(values) if len(values) > 1 else None
+            found[name] = {"mean": statistics.fmean(values), "std": std, "values": values, "against_reference": None}
     return found
 
 
-def write_table(
-    folder: Path, title: str, rows: Sequence[Row], reports: Mapping[str, Mapping[int, Mapping[str, Any]]], note: str
-) -> str:
-    """Writes table.md, table.csv and table.json of what is finished, and returns the Markdown.
+def compare(one: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> str | None:
+    """ "higher" or "lower" if the means differ by more than 2 sqrt(s1^2/n1 + s2^2/n2), else "same".
 
-    reports: row name -> seed -> its report.json. note: a line below the table, such as the command.
+    None where either is of fewer than two seeds, or missing.
     """
-    by_row = {row.name: figures(list(reports.get(row.name, {}).values())) for row in rows}
-    seeds = {row.name: sorted(reports.get(row.name, {})) for row in rows}
+    if one is None or reference is None or one["std"] is None or reference["std"] is None:
+        return None
+    error = math.hypot(*(x["std"] / math.sqrt(len(x["values"])) for x in (one, reference)))
+    difference = one["mean"] - reference["mean"]
+    if abs(difference) <= 2 * error:
+        return "same"
+    return "higher" if difference > 0 else "lower"
+
+
+def write_table(
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    reports: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    note: str,
+    reference: str = "",
+) -> str:
+    """Writes table.md, table.csv and table.json of the rows that have reports, and returns the Markdown.
+
+    reports: row name -> seed -> its report.json. note: a line below the table, such as the command. reference: label
+    of the row that the others are compared with; "" for none.
+    """
+    rows = [row for row in rows if reports.get(row.name)]
+    by_row = {row.name: figures(list(reports[row.name].values())) for row in rows}
+    seeds = {row.name: sorted(reports[row.name]) for row in rows}
+    of_column = {row.column: by_row[row.name] for row in rows if row.label == reference}
+    for row in rows:
+        for score, found in by_row[row.name].items():
+            if found and row.column in of_column and row.label != reference:
+                found["against_reference"] = compare(found, of_column[row.column][score])
     data = {
         row.name: {"label": row.label, "column": row.column, "flags": list(row.flags), "seeds": seeds[row.name]}
         | {"scores": by_row[row.name]}
         for row in rows
     }
     body = _grids(rows, by_row) if rows[0].column else _plain(rows, by_row, seeds)
-    text = f"# {title}\n\nMean ± standard deviation over the seeds.\n\n{body}\n{note}\n"
+    marks = f" ▲ higher, ▼ lower than *{reference}* by more than two standard errors of the difference."
+    intro = f"Mean ± standard deviation over the seeds.{marks if of_column else ''}"
+    text = f"# {title}\n\n{intro}\n\n{body}\n{note}\n"
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "table.md", text)
     replace_text(folder / "table.csv", _csv(rows, by_row))
-    replace_text(folder / "table.json", json.dumps({"title": title, "rows": data}, indent=1) + "\n")
+    replace_text(
+        folder / "table.json", json.dumps({"title": title, "reference": reference, "rows": data}, indent=1) + "\n"
+    )
     return text
 
 
@@ -78,8 +114,11 @@ def _shown(by_row: Mapping[str, Figures]) -> list[str]:
     return [name for name in COLUMNS if any(row[name] for row in by_row.values())]
 
 
-def _cell(found: Mapping[str, float] | None, digits: int) -> str:
-    return "–" if found is None else f"{found['mean']:.{digits}f} ± {found['std']:.{digits}f}"
+def _cell(found: Mapping[str, Any] | None, digits: int) -> str:
+    if found is None:
+        return "–"
+    spread = "" if found["std"] is None else f" ± {found['std']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{spread}{_MARKS.get(found['against_reference'] or '', '')}"
 
 
 def _plain(rows: Sequence[Row], by_row: Mapping[str, Figures], seeds: Mapping[str, Sequence[int]]) -> str:
@@ -94,14 +133,14 @@ def _plain(rows: Sequence[Row], by_row: Mapping[str, Figures], seeds: Mapping[st
 
 def _grids(rows: Sequence[Row], by_row: Mapping[str, Figures]) -> str:
     columns, labels = (list(dict.fromkeys(values)) for values in zip(*((r.column, r.label) for r in rows), strict=True))
-    place = {(row.label, row.column): by_row[row.name] for row in rows}
+    place: dict[tuple[str, str], Figures] = {(row.label, row.column): by_row[row.name] for row in rows}
     blocks = []
     for name in _shown(by_row):
         score = SCORES[name]
         lines = [f"## {score.task}: {score.label}", "", "| | " + " | ".join(columns) + " |"]
         lines.append("|---|" + "---:|" * len(columns))
         for label in labels:
-            cells = [_cell(place[label, column][name], score.digits) for column in columns]
+            cells = [_cell(place.get((label, column), {}).get(name), score.digits) for column in columns]
             lines.append("| " + " | ".join([label, *cells]) + " |")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
@@ -110,21 +149,10 @@ def _grids(rows: Sequence[Row], by_row: Mapping[str, Figures]) -> str:
 def _csv(rows: Sequence[Row], by_row: Mapping[str, Figures]) -> str:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(["row", "label", "column", "flags", "score", "mean", "std", "seeds"])
+    table.writerow(["row", "label", "column", "flags", "score", "mean", "std", "seeds", "against_reference"])
     for row in rows:
         for name, found in by_row[row.name].items():
             if found:
-                values: Any = found["values"]
-                table.writerow(
-                    [
-                        row.name,
-                        row.label,
-                        row.column,
-                        " ".join(row.flags),
-                        name,
-                        found["mean"],
-                        found["std"],
-                        len(values),
-                    ]
-                )
+                statistic = [found["mean"], found["std"], len(found["values"]), found["against_reference"]]
+                table.writerow([row.name, row.label, row.column, " ".join(row.flags), name, *statistic])
     return out.getvalue()
