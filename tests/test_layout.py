@@ -214,6 +214,7 @@ def test_readme_tree_is_the_tracked_files() -> None:
     tracked = tracked_files()
     listed = readme_tree((REPO / "README.md").read_text(encoding="utf-8"))
     assert len(listed) == len(set(listed)), "a path stands twice in the README's tree"
+    assert listed == sorted(listed, key=lambda path: path.rpartition("/")[::2]), "by folder, then by name"
     folders = tuple(path for path in listed if path.endswith("/"))
     unlisted = [name for name in tracked if name not in listed and not name.startswith(folders)]
     assert not unlisted, f"tracked, but not in the README's tree: {unlisted}"

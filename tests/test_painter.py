@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.model.image_decoder import load_decoder
 from pipeline.model.painter import Painter, Sampling
 from pipeline.model.prior import ImagePrior, PriorConfig
 from pipeline.model.vqgan import VQGAN, VQGANConfig
@@ -100,9 +102,35 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     read = ImagePrior.load(tmp_path)
     assert read.config == prior.config
     assert torch.equal(read.sample(embedding, temperature=0), prior.sample(embedding, temperature=0))
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"layers": 2', '"layers": 3'))
-    with pytest.raises(ValueError, match="does not fit its config.json"):
+    config = (tmp_path / "config.json").read_text()
+    for changed, message in (
+        (config.replace('"layers": 2', '"layers": 3'), "does not fit its config.json"),
+        (config.replace('"layers"', '"storeys"'), "names storeys; it may hold condition_slots"),
+        (config[:20], "is no JSON"),
+        ("[]", "must hold an object, found a list"),
+    ):
+        (tmp_path / "config.json").write_text(changed)
+        with pytest.raises(ValueError, match=message):
+            ImagePrior.load(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="cut off or no safetensors file"):
         ImagePrior.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        ImagePrior.load(tmp_path)
+
+
+def test_a_decoder_is_named_by_its_folder(vqgan: VQGAN, tmp_path: Path) -> None:
+    vqgan.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for named in ({}, {"decoder": "vqgan"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | named))
+        assert isinstance(load_decoder(tmp_path), VQGAN)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder": "brush"}))
+    with pytest.raises(ValueError, match="names the decoder 'brush', but there are vqgan"):
+        load_decoder(tmp_path)
 
 
 def test_the_candidate_nearest_to_the_wish_is_kept(vqgan: VQGAN) -> None:

@@ -28,7 +28,7 @@ from pipeline.assembly.schedule import MINI_SHARDS, open_validation
 from pipeline.config import DataArguments, ModelArguments, TrainArguments
 from pipeline.data.mixture import folders
 from pipeline.model.vision import find_local
-from pipeline.model.weight_files import check_folder, check_whole
+from pipeline.model.weight_files import check_folder
 from pipeline.planning.memory import Memory, Zero, usable
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import config_problems
@@ -94,7 +94,7 @@ def examine(found: Findings, model: ModelArguments, data: DataArguments, train: 
         return
     config = found.attempt(lambda: parts.read_config(model))
     whole = _llm(found, model, config)
-    whole = found.attempt(lambda: _clip(model)) is not None and whole
+    whole = found.attempt(lambda: find_local(model.clip, model.clip_weights or None)) is not None and whole
     samples = _data(found, data, train)
     batch = found.attempt(
         lambda: plan_batch(
@@ -144,13 +144,6 @@ def _llm(found: Findings, model: ModelArguments, config: Mapping[str, Any] | Non
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             found.problems.append(f"--base {model.base}: the tokenizer does not load ({first}): fetch its files too")
     return whole
-
-
-def _clip(model: ModelArguments) -> float:
-    """About how many parameters the CLIP's files hold."""
-    source = find_local(model.clip, model.clip_weights or None)
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    return sum(check_whole([path]) if path.suffix == ".safetensors" else path.stat().st_size / 4 for path in files)
 
 
 def _data(found: Findings, data: DataArguments, train: TrainArguments) -> int:

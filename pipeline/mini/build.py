@@ -179,7 +179,7 @@ library_name: neural-tuning
 
 Four small models, trained from scratch on drawn scenes of the mini world (`pipeline/mini`) by
 
-    python pipeline/build_mini.py --from-scratch
+    python pipeline/build_mini.py --from_scratch
 
 and frozen: they stand where LLaMA-2, CLIP ViT-L/14, a VQGAN and CLIP-GEN's transformer stand in the real pipeline, and
 are of the same classes. Weights are float16 safetensors. Licence: MIT, as the repository; the data is drawn by code.

@@ -8,13 +8,13 @@ Letters in shapes: B batch, R picture side, N codes per picture.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.model.folder import CONFIG, read_json
 from pipeline.model.vqgan import VQGAN
 
 
@@ -48,8 +48,8 @@ DECODERS: dict[str, Any] = {"vqgan": VQGAN}
 
 def load_decoder(folder: str | Path) -> ImageDecoder:
     """The decoder of a folder. Raises ValueError if a file is missing or does not fit, or the class is unknown."""
-    path = Path(folder) / "config.json"
-    name = json.loads(path.read_text()).get("decoder", "vqgan") if path.is_file() else "vqgan"
+    folder = Path(folder)
+    name = read_json(folder, "image decoder").get("decoder", "vqgan")
     if name not in DECODERS:
-        raise ValueError(f"{path} names the decoder {name!r}, but there are {', '.join(DECODERS)}")
-    return DECODERS[name].load(Path(folder))
+        raise ValueError(f"{folder / CONFIG} names the decoder {name!r}, but there are {', '.join(DECODERS)}")
+    return DECODERS[name].load(folder)

@@ -9,15 +9,13 @@ Letters in shapes: B batch, E embedding width, K condition slots, N codes per pi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -30,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline.model.vqgan import load_weights, read_config
+from pipeline.model.folder import load_weights, read_config, save_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,15 +147,9 @@ class ImagePrior(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors"
-        )
+        save_folder(self, self.config, folder)
 
     @classmethod
     def load(cls, folder: Path) -> ImagePrior:
         """Reads what `save` wrote; ValueError when a file or a tensor is missing or does not fit."""
-        return load_weights(
-            cls(PriorConfig(**read_config(folder, "image prior"))), folder / "model.safetensors", "image prior"
-        )
+        return load_weights(cls(read_config(PriorConfig, folder, "image prior")), folder, "image prior")

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 
-Module = TypeVar("Module", bound=nn.Module)
+from pipeline.model.folder import load_weights, read_config, save_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,43 +116,9 @@ class VQGAN(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors"
-        )
+        save_folder(self, self.config, folder)
 
     @classmethod
     def load(cls, folder: Path) -> VQGAN:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: a file is missing, or a tensor is missing, unexpected or of another shape.
-        """
-        model = cls(VQGANConfig(**read_config(folder, "VQGAN", sequences=("ch_mult", "attn_resolutions"))))
-        return load_weights(model, folder / "model.safetensors", "VQGAN")
-
-
-def read_config(folder: Path, what: str, sequences: tuple[str, ...] = ()) -> dict:
-    """The keyword arguments in a folder's config.json; the named lists become tuples."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{what}: {path} is missing. Give the folder that holds config.json and model.safetensors.")
-    values = json.loads(path.read_text())
-    return {k: tuple(v) if k in sequences else v for k, v in values.items()}
-
-
-def load_weights(model: Module, path: Path, what: str) -> Module:
-    """Strictly loads a safetensors file into a model, in evaluation mode and frozen; ValueError on any mismatch."""
-    if not path.is_file():
-        raise ValueError(f"{what}: {path} is missing.")
-    found, wanted = load_file(path), model.state_dict()
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    wrong = [k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{what}: {path} does not fit its config.json: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}."
-        )
-    model.load_state_dict(found)
-    return model.eval().requires_grad_(False)
+        """Reads what `save` wrote; ValueError when a file or a tensor is missing or does not fit."""
+        return load_weights(cls(read_config(VQGANConfig, folder, "VQGAN")), folder, "VQGAN")

@@ -4,7 +4,6 @@ for 26 GB."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,23 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _POINTER = b"version https://git-lfs"
 
 
-def check_whole(files: Iterable[Path]) -> int:
-    """The number of elements in all tensors of these safetensors files.
+def check_whole(files: Iterable[Path]) -> None:
+    """Opens the headers of these safetensors files.
 
     Raises:
         ValueError: a file is a Git LFS pointer, shorter than its header says, or no safetensors file.
     """
-    elements = 0
     for path in files:
         _refuse_pointer(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                elements += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            with safe_open(path, framework="pt"):
+                pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is cut off or no safetensors file ({error}): fetch it again") from error
-    return elements
 
 
-def check_folder(folder: str | Path) -> int:
-    """The number of parameters of the causal LM in a Hugging Face folder. pytorch_model*.bin are not opened.
+def check_folder(folder: str | Path) -> None:
+    """Whether a Hugging Face folder holds its causal LM's weights. pytorch_model*.bin are not opened.
 
     Raises:
         ValueError: there are no weights, the index names files or tensors that are not there, or the files lack what
@@ -54,7 +51,7 @@ def check_folder(folder: str | Path) -> int:
             raise ValueError(f"{folder} holds no *.safetensors (nor pytorch_model*.bin): fetch the model's weights")
         for path in pickled:
             _refuse_pointer(path)
-        return _described(folder, {})
+        return
     # A folder may hold the weights once more, in one file.
     named = sorted({folder / name for name in indexed.values()}) if indexed else files
     check_whole(named)
@@ -65,33 +62,32 @@ def check_folder(folder: str | Path) -> int:
         if lost := [tensor for tensor, name in indexed.items() if name == path.name and tensor not in own]:
             raise ValueError(f"{path} lacks tensors that the index names, such as {lost[0]}: fetch the model again")
         held |= {name: torch.empty(shape, device="meta") for name, shape in own.items()}
-    return _described(folder, held)
+    _check_described(folder, held)
 
 
-def _described(folder: Path, held: dict[str, torch.Tensor]) -> int:
-    """The number of parameters that config.json describes, found in `held` (shapes, no values) unless that is empty."""
+def _check_described(folder: Path, held: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError if `held` (shapes, no values) lacks a tensor of the model that config.json describes."""
     config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # Quantised weights are packed: their tensors are not those of the parameters.
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    # Quantised weights are packed: their tensors are not those of the parameters.
-    if held and getattr(config, "quantization_config", None) is None:
-        disable_progress_bar()
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            # transformers itself, which knows the names that older files have, loads the shapes alone.
-            _, found = type(empty).from_pretrained(
-                None,
-                config=config,
-                state_dict=held,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        finally:
-            logging.set_verbosity(level)
-        refuse_gaps(folder, found)
-    return sum(parameter.numel() for parameter in empty.parameters())
+        model = type(AutoModelForCausalLM.from_config(config))
+    disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # transformers itself, which knows the names that older files have, loads the shapes alone.
+        _, found = model.from_pretrained(
+            None,
+            config=config,
+            state_dict=held,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        logging.set_verbosity(level)
+    refuse_gaps(folder, found)
 
 
 def refuse_gaps(folder: str | Path, found: Mapping[str, Any]) -> None:
