@@ -18,8 +18,9 @@ texts, masks and pictures of all four tasks. CLIP's features are given to all al
     LoRA, our step     the first with all of the ingredients
     + liger, + compiled    "+ by sample" with train.py's --liger, --compile_layers
 
-All share one frozen LLaMA, but for the tables that `released` trains. Rounds go through all steps in turn, so that
-other work on the machine hits all alike; CPU seconds are of this process.
+All share one frozen LLaMA, but for the tables that `released` trains. What is trained has the frozen weights' dtype, as
+under train.py's ZeRO-2: in bf16 with fp32 copies that AdamW steps, in all lines alike. Rounds go through all steps in
+turn, so that other work on the machine hits all alike; CPU seconds are of this process.
 """
 
 from __future__ import annotations
@@ -179,6 +180,33 @@ def twin(llm: LlamaForCausalLM, own_tables: bool) -> LlamaForCausalLM:
     return copy.deepcopy(llm, {id(p): p for p in llm.parameters() if id(p) not in tables})
 
 
+class MasterAdamW:
+    """AdamW with ZeRO-2's rule for bf16: it steps fp32 copies of the parameters; fp32 ones it steps themselves."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        # fp32 gives the parameter's own memory.
+        self.masters = [parameter.detach().float() for parameter in parameters]
+        self.adam = torch.optim.AdamW(self.masters, lr=1e-4)
+
+    def step(self) -> None:
+        """One step; the gradients are gone afterwards."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self.adam.step()
+        self.adam.zero_grad()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.data.copy_(master)
+
+    def bytes(self) -> int:
+        """Of the copies and Adam's moments."""
+        copies = [m for p, m in zip(self.parameters, self.masters, strict=True) if p.data_ptr() != m.data_ptr()]
+        moments = [tensor for state in self.adam.state.values() for tensor in state.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in copies + moments)
+
+
 class Model:
     """A tuned LLaMA of random weights with its optimizer."""
 
@@ -200,10 +228,13 @@ class Model:
         self.tuner = parts.make_tuner(arguments, llm, CLIP, seed=0, gradient_checkpointing=recompute)  # type: ignore[arg-type]
         initialise(self.tuner, 0)
         self.tuner.to(frozen.device).train()
-        speedups.compiled(llm, asked)
         trained = list(self.tuner.trained_parameters().values())
+        for parameter in trained:
+            # Parameters alone, as DeepSpeed does it: buffers such as RoPE's frequencies stay in fp32.
+            parameter.data = parameter.data.to(frozen.dtype)
+        speedups.compiled(llm, asked)
         self.trained = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.optimizer = MasterAdamW(trained)
 
     def step(self, step: Step, batch: Batch, features: VisionFeatures) -> None:
         """Forward, backward, AdamW; adds to the step's figures."""
@@ -220,13 +251,11 @@ class Model:
         wall, cpu = time.perf_counter(), time.process_time()
         step.loss(self.tuner, batch, features, norms).backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
             # Of this model alone: the others of the run are held too.
             own = sum(p.numel() * p.element_size() for p in self.tuner.parameters())
-            own += sum(t.numel() * t.element_size() for s in self.optimizer.state.values() for t in s.values())
-            step.peak = max(step.peak, torch.cuda.max_memory_allocated() - held + own)
+            step.peak = max(step.peak, torch.cuda.max_memory_allocated() - held + own + self.optimizer.bytes())
         step.wall.append(time.perf_counter() - wall)
         step.cpu.append(time.process_time() - cpu)
         step.tokens += int(batch.attention_mask.sum())

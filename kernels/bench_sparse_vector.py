@@ -5,9 +5,10 @@
     python kernels/bench_sparse_vector.py --smoke     # toy shapes, anywhere; writes to a temporary folder
 
 Before a shape is timed, the kernels' values and gradients there are compared with the reference in float64: a wrong
-kernel ends the run. Times are the median, p20 and p80 of single calls with a cold L2 cache. Beside them stand three
-limits: reading H once and all bytes that must move, both at the measured rate of a copy, and all FLOPs at the measured
-rate of a large product. On a CPU the kernels are interpreted, and such times are never written as results.
+kernel ends the run. Rows are written shape by shape; a shape that the file has of this GPU, these versions and this
+commit is not timed again. Times are the median, p20 and p80 of single calls with a cold L2 cache. Beside them stand
+three limits: reading H once and all bytes that must move, both at the measured rate of a copy, and all FLOPs at the
+measured rate of a large product. On a CPU the kernels are interpreted, and such times are never written as results.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
+import itertools
 import os
 import subprocess
 import sys
@@ -119,7 +121,8 @@ def origin(device: torch.device) -> dict[str, str]:
         done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    # Rows that were added are no other program.
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude,glob)**/results.*")
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(device) if CUDA else "none (CPU, Triton's interpreter)",
@@ -147,6 +150,19 @@ def time_shape(m: int, d: int, z: int, options: argparse.Namespace, device: torc
             print(f"D {d:5d}  Z {z:4d}  M {m:6d}  {mode:17s} {provider:8s} {timing.median:9.4f} ms  ", end="")
             print(f"H once {limit['read_h_ms']:.4f}  bytes {limit['bytes_ms']:.4f}  FLOPs {limit['flops_ms']:.4f}")
     return rows
+
+
+def known(path: Path, facts: dict[str, str], dtype: str) -> dict[tuple[int, int, int], list[dict]]:
+    """By (d, z, m): the whole sets of rows that the file has already; none of a tree with changes or without git."""
+    found: dict[tuple[int, int, int], list[dict]] = {}
+    if path.exists() and facts["commit"] and not facts["commit"].endswith("+changes"):
+        wanted = facts | {"dtype": dtype}
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if all(row[name] == value for name, value in wanted.items() if name != "date"):
+                    shape = {name: int(row[name]) for name in ("d", "z", "m")}
+                    found.setdefault((shape["d"], shape["z"], shape["m"]), []).append(row | shape)
+    return {shape: rows for shape, rows in found.items() if len(rows) == len(MODES) * len(PROVIDERS)}
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -208,8 +224,8 @@ def verdict(rows: list[dict]) -> list[str]:
 def main() -> None:
     """Times every shape, adds the rows and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, meaning in (("d", "hidden sizes"), ("z", "sparse dimensions"), ("m", "numbers of rows")):
-        parser.add_argument(f"--{name}", type=int, nargs="+", help=f"{meaning} (default: {FULL[name]})")
+    for flag, meaning in (("--d", "hidden sizes"), ("--z", "sparse dimensions"), ("--m", "numbers of rows")):
+        parser.add_argument(flag, type=int, nargs="+", help=f"{meaning} (default: {FULL[flag[2:]]})")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of H and Wz (default: bf16)")
     parser.add_argument("--out", type=Path, help="CSV file the rows go to (default: kernels/results.csv)")
     parser.add_argument("--smoke", action="store_true", help="toy shapes into a temporary folder, on any machine")
@@ -224,13 +240,15 @@ def main() -> None:
     rates = limits(device, DTYPES[options.dtype], small=options.smoke)
     facts = origin(device)
     print(f"{facts['gpu']}: copy {rates.bandwidth / 1e9:.0f} GB/s, product {rates.flops / 1e12:.1f} TFLOP/s")
-    rows = []
-    for d in shapes["d"]:
-        for z in shapes["z"]:
-            for m in shapes["m"]:
-                new = [facts | row for row in time_shape(m, d, z, options, device, rates)]
-                append(out, new)
-                rows += new
+    rows, there = [], known(out, facts, options.dtype)
+    for d, z, m in itertools.product(shapes["d"], shapes["z"], shapes["m"]):
+        new = there.get((d, z, m), [])
+        if new:
+            print(f"D {d:5d}  Z {z:4d}  M {m:6d}  timed before, in {out}")
+        else:
+            new = [facts | row for row in time_shape(m, d, z, options, device, rates)]
+            append(out, new)
+        rows += new
     draw(out.with_suffix(".svg"), rows)
     print(f"rows in {out}, picture in {out.with_suffix('.svg')}")
     for line in [] if options.smoke else verdict(rows):

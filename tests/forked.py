@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -90,7 +91,9 @@ def start(script: Path, args: Sequence[Any], *, log: Path, world: int = 2, env: 
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **(env or {})}
     words = [str(word) for word in args]
     process = context.Process(target=_launch, args=(str(script), words, world, str(log), given))
-    process.start()
+    # What the fork server imports asks for CUDA, which would be lost to its children: it sees none, as they need none.
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+        process.start()
     return Job(process, log)
 
 

@@ -48,6 +48,27 @@ def test_all_steps_of_a_model_compute_the_same_loss(kind):
     assert found == pytest.approx([found[0]] * 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["neural", "lora", "released"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_lines_train_in_the_frozen_dtype_with_fp32_masters(kind, dtype):
+    bench = load("train_step")
+    model = bench.Model(kind, bench.make_llm(bench.SIZES["toy"], torch.device("cpu"), dtype), "none")
+    trained = list(model.tuner.trained_parameters().values())
+    assert {p.dtype for p in model.tuner.parameters()} == {dtype}
+    before = [p.detach().clone() for p in trained]
+    step = bench.Step(*next(fields for fields in bench.STEPS if fields[1] == kind))
+    samples = json.loads(bench.LENGTHS.read_text())["samples"][:1]
+    model.step(step, bench.make_batch(samples, model.tuner, step.budget), bench.make_features(1))
+    masters = model.optimizer.masters
+    assert {m.dtype for m in masters} == {torch.float32} and all(p.grad is None for p in trained)
+    assert all(torch.equal(p, m.to(dtype)) for p, m in zip(trained, masters, strict=True))
+    # Adam's moments, and in bf16 the copies, which keep what a step of 1e-4 adds below bf16's last bit.
+    apart = dtype == torch.bfloat16
+    assert model.optimizer.bytes() // (4 * model.trained) == 2 + apart
+    assert any((p != m).any() for p, m in zip(trained, masters, strict=True)) == apart
+    assert any(not torch.equal(old, p) for old, p in zip(before, trained, strict=True))
+
+
 def test_the_table_of_steps_by_hand():
     rows = {
         "LoRA, plain": {"samples_per_s": 2.0, "trained_parameters": 1234567},

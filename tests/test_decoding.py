@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny_tuner import EMBED, GEN, NORMS, OBJ, OBJECTS, RELEASED, ROWS, SLOT, batch, build, features, prompts
+from transformers import CompileConfig
+from transformers.generation.utils import StopCheck
 
 from pipeline.model.generation import find_mentions, until_end
 
@@ -89,6 +91,41 @@ def test_repeated_tags_and_rows_without_a_picture_make_no_masks():
     handle.remove()
     assert first.object_numbers == [1, 2] and first.mask_logits.shape[0] == 2 and first.embedding is None
     assert second.object_numbers == [] and second.mask_logits is None and second.embedding.shape == (EMBED,)
+
+
+def test_a_static_cache_is_not_compiled(monkeypatch):
+    """Asked to compile on any device, as transformers does it on a GPU without being asked."""
+    tuner, compiling = build(), CompileConfig()
+    compiling._compile_all_devices = True
+    monkeypatch.setattr(tuner.llm, "get_compiled_call", lambda config: pytest.fail("compiled"))
+    options = {"max_new_tokens": 4, "cache_implementation": "static", "compile_config": compiling}
+    plain = tuner.generate(prompts(), features(4), max_new_tokens=4)
+    assert [g.ids for g in tuner.generate(prompts(), features(4), **options)] == [g.ids for g in plain]
+
+
+def test_a_step_that_transformers_takes_back_leaves_no_state(monkeypatch):
+    """Where it asks one step late whether to stop (on mps so far), the head is called once more than there are ids."""
+    tuner, answer = build(), [7, OBJ, 2]
+    handle = force(tuner, [answer])
+    plain = tuner.generate(prompts(ROWS[:1]), features(1), max_new_tokens=6, eos_token_id=2)[0]
+    handle.remove()
+    calls = []
+
+    class Late(StopCheck):
+        def __call__(self, unfinished, tokens, length):
+            self.late = bool(calls)
+            calls.extend([1] * (not self.late and not unfinished.any()))
+            return self.late
+
+        def finish(self):
+            return int(self.late)
+
+    monkeypatch.setattr("transformers.generation.utils.StopCheck", Late)
+    handle = force(tuner, [answer])
+    late = tuner.generate(prompts(ROWS[:1]), features(1), max_new_tokens=6, eos_token_id=2)[0]
+    handle.remove()
+    assert calls and late.ids == plain.ids == [7, OBJ]
+    assert torch.equal(late.mask_logits, plain.mask_logits)
 
 
 def test_beams_are_refused_and_sampling_runs():

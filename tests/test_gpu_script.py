@@ -13,10 +13,11 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "benchmarks/gpu.sh"
 PYTHON = """#!/bin/bash
-# Stands for the project's Python: versions, a kind of GPU, one part that fails and one that hangs.
+# Stands for the project's Python: versions, a kind of GPU, a part that calls ninja, one that fails and one that hangs.
 case "$*" in
     *distributions*) echo "torch 9.9 triton 9.9" ;;
     *of_device*) echo 4090 ;;
+    *z2_offload.json*) ninja --version ;;
     *tuned_layer.py*--batch*) exec sleep 60 ;;
     *tuned_layer.py*) echo "no luck"; exit 3 ;;
     *) echo "ran $*" ;;
@@ -26,16 +27,18 @@ esac
 
 @pytest.fixture
 def machine(tmp_path: Path) -> dict[str, str]:
-    folder = tmp_path / "bin"
+    folder, venv = tmp_path / "bin", tmp_path / "venv"
     folder.mkdir()
-    (folder / "python").write_text(PYTHON)
+    venv.mkdir()
+    (venv / "python").write_text(PYTHON)
+    (venv / "ninja").write_text('#!/bin/sh\necho "the venv\'s ninja"\n')
     (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564, 570.1'\n")
-    for file in folder.iterdir():
+    for file in (*folder.iterdir(), *venv.iterdir()):
         file.chmod(0o755)
     return {
         **os.environ,
         "PATH": f"{folder}:{os.environ['PATH']}",
-        "PYTHON": str(folder / "python"),
+        "PYTHON": str(venv / "python"),
         "GPU_OUT": str(tmp_path / "out"),
     }
 
@@ -74,8 +77,13 @@ def test_parts_are_bounded_recorded_and_not_repeated(machine: dict[str, str], tm
     assert run(machine, "kernel").returncode == 2
 
 
-def test_without_a_gpu_it_says_so(machine: dict[str, str]) -> None:
-    (Path(machine["PYTHON"]).parent / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+def test_a_part_finds_the_programs_beside_its_python(machine: dict[str, str], tmp_path: Path) -> None:
+    assert run(machine, "offload").returncode == 0
+    assert (tmp_path / "out" / "offload.log").read_text() == "the venv's ninja\n"
+
+
+def test_without_a_gpu_it_says_so(machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     done = run(machine)
     assert done.returncode == 2 and "no GPU" in done.stderr
 

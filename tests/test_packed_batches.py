@@ -14,8 +14,8 @@ from tiny_tuner import NORMS, ROWS, batch, build, features, prompts
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.assembly.speedups import check_attention
-from pipeline.config import DataArguments
+from pipeline.assembly.speedups import check, check_attention
+from pipeline.config import DataArguments, TrainArguments
 from pipeline.data.batch import IGNORE, NO_SAMPLE
 from pipeline.data.rows import first_fit_decreasing, lay_out
 from pipeline.model.attention import attend_by_sample
@@ -152,12 +152,17 @@ def _take(llm, name):
 def test_what_cannot_run_is_refused_before_anything_is_loaded(monkeypatch):
     for name in ("flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match=f"--attn {name} trains on a GPU only"):
-            check_attention(name, "cpu")
+            check_attention(name, "cpu", bf16=True)
     monkeypatch.setattr("pipeline.assembly.speedups.is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="needs the package flash-attn"):
-        check_attention("flash_attention_2", "cuda")
+        check_attention("flash_attention_2", "cuda", bf16=True)
+    monkeypatch.setattr("pipeline.assembly.speedups.is_flash_attn_2_available", lambda: True)
+    check_attention("flash_attention_2", "cuda", bf16=True)
+    asked = TrainArguments(attn="flash_attention_2", bf16="false")
+    with pytest.raises(ValueError, match="does not compute in fp32: take --bf16 true"):
+        check(asked, device_type="cuda", stage=2, quant="none", model_type="llama")
     for name in ("auto", "sdpa", "eager"):
-        check_attention(name, "cpu")
+        check_attention(name, "cpu", bf16=False)
     with pytest.raises(ValueError, match="pack_tokens must be 0 or at least max_length, 512"):
         DataArguments(pack_tokens=400)
     assert [DataArguments(packing=on, pack_tokens=600).row_tokens for on in (True, False)] == [600, None]

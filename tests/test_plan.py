@@ -241,6 +241,7 @@ def test_what_cannot_be_is_said(flags: tuple[str, ...], message: str) -> None:
 
 def test_devices_by_name() -> None:
     names = {"NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA GeForce RTX 4090": "4090"}
+    names |= {"NVIDIA A100-PCIE-40GB": "A100-40", "NVIDIA A100 80GB PCIe": "A100-80"}
     names |= {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA H200": "H200"}
     for device, name in names.items():
         found = of_device(device)

@@ -6,9 +6,11 @@ import dataclasses
 import http.server
 import json
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from pipeline.planning.memory import states, usable
 from pipeline.planning.search import Choice
 from pipeline.runtime import stopping
 from pipeline.runtime.ranks import Ranks, free_port
+from sparse_kernels import launch
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +287,36 @@ def server() -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{web.server_address[1]}/", asked
         web.shutdown()
+
+
+@pytest.mark.parametrize(
+    "environment, flags, built, words",
+    [
+        ("", {}, subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "apt install python3-dev gcc"),
+        ("triton", {}, RuntimeError("Failed to find C compiler.\nAnd more"), "(Failed to find C compiler.)"),
+        ("", {}, None, ""),
+        ("reference", {}, RuntimeError("never asked"), ""),
+        ("", {"tuner": "lora"}, RuntimeError("never asked"), ""),
+    ],
+)
+def test_a_gpu_where_triton_cannot_start_kernels(
+    monkeypatch: pytest.MonkeyPatch, environment: str, flags: dict[str, Any], built: Exception | None, words: str
+) -> None:
+    """Without Python.h the first forward would end, after the model is loaded."""
+
+    def driver() -> object:
+        if built is not None:
+            raise built
+        return object()
+
+    monkeypatch.setenv("SPARSE_KERNELS", environment)
+    monkeypatch.setattr(launch, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    found = Findings("n1")
+    ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
+    preflight._gpu(found, ModelArguments(**flags), TrainArguments(bf16="false"), ranks)
+    assert found.gpu == "GPU-1" and bool(found.problems) == bool(words)
+    assert all(words in problem and "SPARSE_KERNELS=reference" in problem for problem in found.problems)
 
 
 def test_an_mlflow_server_that_answers_anything_is_there(server: tuple[str, list[str]]) -> None:

@@ -1,7 +1,7 @@
 """The frozen LM in 4 and 8 bits: losses near the unquantised ones, the same checkpoints, early refusals.
 
-On the mini world's trained LM (192 wide), in one process; DeepSpeed is in `test_train_resumes_across_precisions`. Not
-here: memory and speed, which only a GPU shows.
+On the mini world's trained LM (192 wide), in one process, on a GPU where there is one: bitsandbytes has other kernels
+there. DeepSpeed is in `test_train_resumes_across_precisions`. Not here: memory and speed, which only a GPU shows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pipeline.runtime.elastic import load_into
 pytest.importorskip("bitsandbytes", reason="pip install -e '.[quant]'")
 pytest.importorskip("accelerate", reason="pip install -e '.[quant]'")
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUANTS = ("nf4", "int8")
 STEPS = 6
 # Relative to the unquantised loss, at each of STEPS steps. Measured: 2 % and 0.3 % at most.
@@ -40,16 +41,17 @@ NEAR = {"nf4": 0.05, "int8": 0.01}
 def make(quant: str) -> tuple[NeuralTuner, Any, Any]:
     """The mini world's tuner on this base, one batch of four tasks, and its features."""
     model, data, _ = parse(ModelArguments, DataArguments, TrainArguments, argv=["--base_quant", quant])
-    vision = parts.load_vision(model, torch.device("cpu"))
-    tuner = parts.make_tuner(model, parts.load_llm(model, torch.float32), vision, seed=0)
+    vision = parts.load_vision(model, DEVICE)
+    tuner = parts.make_tuner(model, parts.load_llm(model, torch.float32, device=DEVICE), vision, seed=0)
     initialise(tuner, 0)
+    tuner.to(DEVICE)
     collator = parts.make_collator(model, data, parts.load_token_map(model), vision, 0)
     source = MiniSource()
     samples = [
         (source.load("train", index), Item(index, 0, task))
         for index, task in enumerate(("reasoning", "referring", "caption", "generation") * 2)
     ]
-    batch = collator(samples)
+    batch = collator(samples).to(DEVICE)
     return tuner, batch, vision(batch.pixel_values)
 
 
@@ -150,7 +152,7 @@ def test_train_resumes_across_precisions(tmp_path: Path, packed: Path) -> None:
     jobs, done = tmp_path / "jobs.json", tmp_path / "done.json"
     jobs.write_text(json.dumps(plan))
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    env |= {"PYTHONPATH": f"{REPO}:{REPO / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": f"{REPO}:{REPO / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": DEVICE.type}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env.get('PATH', '')}"}
     env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     ran = subprocess.run(

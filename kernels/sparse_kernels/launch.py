@@ -1,4 +1,4 @@
-"""Block sizes and grids of the Triton kernels, as functions of the shape alone; no Triton in here.
+"""Block sizes and grids of the Triton kernels, as functions of the shape alone; Triton's driver, for who asks.
 
 There is no autotuning: what runs is decided by the shape, the dtype and the number of multiprocessors, so two ranks, a
 resumed run and the tests on a CPU take the same path. The figures behind the choices are a model (waves of programs,
@@ -25,6 +25,13 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 """Said outright because Triton's default is about to change, and with it the last bit of the EMA."""
 INTERPRETED_SMS = 4
 """What a CPU counts as: few, so that tiny test shapes take split and unsplit paths alike."""
+
+
+def driver() -> object:
+    """What Triton starts kernels with: a C module, built at the first call. Raises whatever stops the build."""
+    from triton.runtime import driver as triton_driver
+
+    return triton_driver.active.utils
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ import torch
 
 FLUSH_BYTES = 256 * 2**20
 """More than any L2 cache: written before each run, so that no run finds its operands there."""
+HEAD_START_CYCLES = 4_000_000
+"""For so long the GPU waits before each run, 2 to 3 ms: longer than Python takes to queue forward and backward of the
+sparse vector, so that kernels are timed and not the gaps between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Limits:
 
 
 def measure(call: Callable[[], object], device: torch.device, *, runs: int = 50, warm_up: int = 10) -> Timing:
-    """Times `runs` calls one by one, on CUDA by events and with a cold L2 cache."""
+    """Times `runs` calls one by one; on CUDA by events, with a cold L2 cache and a call queued as a whole."""
     for _ in range(warm_up):
         call()
     times = _on_cuda(call, device, runs) if device.type == "cuda" else _on_cpu(call, runs)
@@ -44,6 +47,7 @@ def _on_cuda(call: Callable[[], object], device: torch.device, runs: int) -> lis
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, end in pairs:
         scratch.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         call()
         end.record()

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from pipeline.planning.memory import Memory, Zero, usable
 from pipeline.runtime.ds_config import BatchPlan, OptimizerSettings, count_steps, plan_batch, read_json, resolve
 from pipeline.runtime.engine import config_problems
 from pipeline.runtime.ranks import Ranks, host
+from sparse_kernels import launch
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12
@@ -89,7 +91,7 @@ def check(model: ModelArguments, data: DataArguments, train: TrainArguments, ran
 
 def examine(found: Findings, model: ModelArguments, data: DataArguments, train: TrainArguments, ranks: Ranks) -> None:
     """What this rank finds: the first of each node looks at files and memory, rank 0 at disk and server besides."""
-    _gpu(found, train, ranks)
+    _gpu(found, model, train, ranks)
     if ranks.local_rank:
         return
     config = found.attempt(lambda: parts.read_config(model))
@@ -181,18 +183,33 @@ def _deepspeed(
     return full
 
 
-def _gpu(found: Findings, train: TrainArguments, ranks: Ranks) -> None:
-    """Which GPU this rank has, and whether it has one at all."""
+def _gpu(found: Findings, model: ModelArguments, train: TrainArguments, ranks: Ranks) -> None:
+    """Which GPU this rank has, whether it has one at all, and whether kernels can be started there."""
     if ranks.device.type == "cuda":
         found.gpu = str(torch.cuda.get_device_properties(ranks.device).uuid)
         if train.use_bf16("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(ranks.device)
             found.problems.append(f"{name} does not compute in bfloat16: give --bf16 false")
+        if model.tuner == "neural" and os.environ.get("SPARSE_KERNELS") != "reference" and find_spec("triton"):
+            found.problems += _kernel_problems()
     elif promised := os.environ.get("SLURM_GPUS_ON_NODE"):
         found.problems.append(
             f"SLURM gave this job {promised} GPU(s) per node, but torch {torch.__version__} sees none: look at "
             "`nvidia-smi` and whether torch was built for CUDA"
         )
+
+
+def _kernel_problems() -> list[str]:
+    """Whether Triton, which the sparse vector's first kernel has build a C module, can do that here."""
+    try:
+        launch.driver()
+    except Exception as error:  # a compiler's exit, a missing header or library: Triton lets all of it through
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [
+            f"Triton cannot build what it starts kernels with ({first}): install Python's headers and a C compiler "
+            "(apt install python3-dev gcc), or set SPARSE_KERNELS=reference in the environment"
+        ]
+    return []
 
 
 def _gpu_memory(found: Findings, memory: Memory, ranks: Ranks) -> None:

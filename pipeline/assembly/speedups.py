@@ -19,19 +19,21 @@ def check(train: TrainArguments, *, device_type: str, stage: int, quant: str, mo
 
     stage: ZeRO's. quant: of the base. model_type: config.json's.
     """
-    check_attention(train.attn, device_type)
+    check_attention(train.attn, device_type, bf16=train.use_bf16(device_type))
     if train.liger:
         liger.check(device_type, model_type)
     if train.compile_layers:
         check_compile(train, device_type=device_type, stage=stage, quant=quant)
 
 
-def check_attention(attn: str, device_type: str) -> None:
-    """Raises ValueError if --attn names an implementation that does not run here."""
+def check_attention(attn: str, device_type: str, *, bf16: bool) -> None:
+    """Raises ValueError if --attn names an implementation that does not run here; bf16: what the LM computes in."""
     if attn in ("flash_attention_2", "flex_attention") and device_type != "cuda":
         raise ValueError(f"--attn {attn} trains on a GPU only, and this run is on {device_type}: take --attn sdpa")
     if attn == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError("--attn flash_attention_2 needs the package flash-attn: install it, or take --attn sdpa")
+    if attn == "flash_attention_2" and not bf16:
+        raise ValueError("--attn flash_attention_2 does not compute in fp32: take --bf16 true, or --attn sdpa")
 
 
 def check_compile(train: TrainArguments, *, device_type: str, stage: int, quant: str) -> None:

@@ -290,6 +290,8 @@ class NeuralTuner(nn.Module):
         if options.get("pad_token_id") is None:
             config = self.llm.generation_config
             options["pad_token_id"] = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
+        # Compiled (static cache, GPU), the growing list of states means a graph per step, and replays overwrite them.
+        options.setdefault("disable_compile", True)
         with evaluating(self):
             if pictures is not None:
                 features = features.select(pictures)
@@ -303,7 +305,7 @@ class NeuralTuner(nn.Module):
                     max_new_tokens=max_new_tokens,
                     **{"do_sample": False, **options},
                 )
-            states_BLD = torch.stack(states, dim=1)
+            states_BLD = torch.stack(states[: ids_BL.shape[1]], dim=1)  # a last step may have been taken back
             assert states_BLD.shape[:2] == ids_BL.shape, (states_BLD.shape, ids_BL.shape)
             answers = [until_end(row, ends) for row in ids_BL.tolist()]
             return self._decode(prompts, features, states_BLD, answers, answers)

@@ -59,7 +59,13 @@ _HOPPER: dict[str, Any] = {
     "per_node": 8,
 }
 _KINDS = (
-    Gpu(name="A100-40", device_names=("A100-SXM4-40GB",), memory_gib=40.0, memory_rate=1.555 * _TB, **_A100),
+    Gpu(
+        name="A100-40",
+        device_names=("A100-SXM4-40GB", "A100-PCIE-40GB"),
+        memory_gib=40.0,
+        memory_rate=1.555 * _TB,
+        **_A100,
+    ),
     Gpu(name="A100-80", device_names=("A100-SXM4-80GB", "A100"), memory_gib=80.0, memory_rate=2.039 * _TB, **_A100),
     Gpu(
         name="4090",
