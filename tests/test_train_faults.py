@@ -106,6 +106,8 @@ def test_a_loader_process_that_is_killed(tmp_path: Path, shards: Path) -> None:
     job = begin(tmp_path, shards, num_workers=1, max_steps=10_000, save_steps=1)
     job.until(lambda: (tmp_path / "run/checkpoint-2").exists())
     workers = [process for process in job.members()["worker"] if process.status() != "zombie"]
+    # Of the server that forks all jobs: what it imports asks for CUDA, which its children could not use any more.
+    assert workers[0].environ()["CUDA_VISIBLE_DEVICES"] == ""
     assert len(workers) == 1
     workers[0].kill()
     said = ends(job, 1)
