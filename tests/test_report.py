@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import rle
 from pipeline.runtime.provenance import git_state, package_versions
+from pipeline.runtime.reporting import contact_sections
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
+from pipeline.scoring.predictions import Prediction
 from pipeline.scoring.records import read_report
 from pipeline.scoring.report import build_report, format_table, write_report
 from pipeline.scoring.scores import CONDITIONS, SCORES
@@ -174,6 +179,25 @@ def test_contact_sheet_takes_odd_cards(tmp_path: Path) -> None:
             tmp_path / "x.png",
             title="",
         )
+
+
+def test_masks_over_a_picture_that_was_shrunk_at_packing(tmp_path: Path) -> None:
+    side, mask = 10, np.zeros((40, 80), bool)
+    mask[:20] = True
+    buffer = io.BytesIO()
+    Image.new("RGB", (2 * side, side)).save(buffer, "PNG")
+    found = Prediction(
+        key="a",
+        task="referring",
+        text="the top",
+        masks=[rle.encode(mask)],
+        reference={"index": 0, "size": (40, 80), "masks": [rle.encode(mask)], "question": "the top"},
+    )
+    (section,) = contact_sections([found], [SimpleNamespace(image=buffer.getvalue())])  # type: ignore[arg-type]
+    (card,) = section.cards
+    assert isinstance(card, MaskCard) and card.iou == 1.0
+    assert card.picture.shape == (40, 80, 3)
+    assert draw_sheet([section], tmp_path / "sheet.png", title="Shrunk").exists()
 
 
 def test_wrap_cuts_with_an_ellipsis() -> None:

@@ -114,6 +114,16 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
             clip_weights=os.path.relpath(world.clip, REPO),
             data=os.path.relpath(world.shards, REPO),
         ),
+        train(
+            "released z3",
+            mechanism="released",
+            first_tuned_layer=1,
+            projections="qkv",
+            bf16="true",
+            global_batch=2,
+            max_steps=2,
+            deepspeed="ds_configs/z3.json",
+        ),
         train("lora", tuner="lora", max_steps=2),
         train("ia3", tuner="ia3", max_steps=2, deepspeed="ds_configs/z3.json"),
         evaluate("no run", world.root / "nowhere"),
@@ -163,6 +173,13 @@ def test_a_resume_goes_on_as_if_there_had_been_no_stop(world: World, jobs: Mappi
     assert jobs["moved"]["code"] == 0, jobs["moved"]["err"]
     for a, b in zip(losses(world.one)[2:], losses(world.root / "moved"), strict=True):
         assert b == pytest.approx(a, rel=ACROSS)
+
+
+def test_bf16_under_zero_3_is_that_of_zero_2(world: World, jobs: Mapping[str, Any]) -> None:
+    """What is not loaded in pieces is cast, too: trained weights of two types would be refused."""
+    assert jobs["released z3"]["code"] == 0, jobs["released z3"]["err"]
+    for a, b in zip(losses(world.root / "released"), losses(world.root / "released_z3"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.01)
 
 
 def test_a_finished_run_says_what_to_do_next(world: World, jobs: Mapping[str, Any]) -> None:
