@@ -77,7 +77,10 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         args = ["--checkpoint", run, "--split", "train", "--samples", "4", "--batch", "2"]
         return {"name": name, "script": "look_inside.py", "args": [str(word) for word in args]}
 
-    saved = world.one / "checkpoint-2"
+    saved, forced = world.one / "checkpoint-2", ("--protocol", "teacher-forced")
+    released: dict[str, Any] = {"mechanism": "released", "first_tuned_layer": 1, "projections": "qkv", "bf16": "true"}
+    released |= {"global_batch": 2, "max_steps": 2}
+    paths = {"base": "base", "clip_weights": "clip", "data": "shards"}
     unknown = train("unknown flag")
     unknown["args"] += ["--global-bach", "8"]
     ready = train("ready")
@@ -101,37 +104,19 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         train("moved", resume=world.two / "checkpoint-2", deepspeed="ds_configs/z1.json"),
         train(
             "released",
-            mechanism="released",
-            first_tuned_layer=1,
-            projections="qkv",
+            **released,
             gradient_checkpointing="attention",
-            bf16="true",
-            global_batch=2,
-            max_steps=2,
             eval_steps=2,
             # As they are typed in the folder where the job runs.
-            base=os.path.relpath(world.base, REPO),
-            clip_weights=os.path.relpath(world.clip, REPO),
-            data=os.path.relpath(world.shards, REPO),
+            **{name: os.path.relpath(getattr(world, of), REPO) for name, of in paths.items()},
         ),
-        train(
-            "released z3",
-            mechanism="released",
-            first_tuned_layer=1,
-            projections="qkv",
-            bf16="true",
-            global_batch=2,
-            max_steps=2,
-            deepspeed="ds_configs/z3.json",
-        ),
+        train("released z3", **released, deepspeed="ds_configs/z3.json"),
         train("lora", tuner="lora", max_steps=2),
         train("ia3", tuner="ia3", max_steps=2, deepspeed="ds_configs/z3.json"),
         evaluate("no run", world.root / "nowhere"),
         evaluate("wrong base", world.two, "--base", world.other_base),
         evaluate("scores", world.two, "--condition", "all", "--report_dir", world.root / "scores"),
-        evaluate(
-            "forced", world.two / "checkpoint-2", "--protocol", "teacher-forced", "--report_dir", world.root / "forced"
-        ),
+        evaluate("forced", world.two / "checkpoint-2", *forced, "--report_dir", world.root / "forced"),
         evaluate("scores released", world.root / "released", "--limit", "1"),
         evaluate("scores lora", world.root / "lora", "--limit", "1"),
         look("units", world.one),
