@@ -1,6 +1,6 @@
 """Shows which units of the sparse networks fire for which task, and how far the tasks share them.
 
-    python pipeline/look_inside.py                                   # runs/mini, after `make quickstart`
+    python pipeline/look_inside.py                                   # the mini model, after `make quickstart`
     python pipeline/look_inside.py --checkpoint runs/7b --split valid --samples 500
 
 Writes firing.png, overlap.png, units.md and units.json to <run>/units. The same model before tuning, and places matched

@@ -6,7 +6,8 @@
 #     sbatch --array=1-6 slurm/ablate.sh baselines --seeds 0,1
 #     python pipeline/ablate.py table4 --table_only                       # the table, when all have ended
 #
-# A part that was stopped goes on where it was when it is submitted again.
+# A part that was stopped goes on where it was when it is submitted again. One beyond the study's last run has nothing to
+# do.
 #SBATCH --job-name=nt-ablate
 #SBATCH --array=1-20
 #SBATCH --nodes=1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import ablate
 from pipeline.assembly import ablation, studies
 from pipeline.assembly.ablation import Ablation
 from pipeline.config import AblationArguments, DataArguments, ModelArguments, TrainArguments, parse
@@ -19,6 +22,8 @@ from pipeline.scoring.scores import SCORES
 
 STUDIES = ("table3", "table4", "table5", "learning_rates")
 Ran = list[list[str]]
+# What a report says of its run.
+RUN = {"samples": 4, "seconds": {}, "versions": {}, "split": "test", "protocol": "free-running", "checkpoint": "c"}
 
 
 def value_of(train: Sequence[str]) -> float:
@@ -40,7 +45,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         if "--checkpoint" in words:
             train = json.loads((log.parent / "job.json").read_text())["train"]
             tuned = dict.fromkeys(SCORES, value_of(train)) | {"caption_cider": None}
-            (log.parent / "report.json").write_text(json.dumps({"tuned": tuned}))
+            (log.parent / "report.json").write_text(json.dumps({"tuned": tuned, "run": RUN}))
 
     monkeypatch.setattr(ablation, "_command", fake)
     monkeypatch.setattr(Ablation, "_parent_run", lambda self: "parent-id")
@@ -164,8 +169,8 @@ def test_other_flags_in_the_same_folder_are_refused(tmp_path: Path, ran: Ran) ->
 def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path, ran: Ran) -> None:
     """Table 5's gaussian row is Table 3's whole, since gaussian is the default; so is its learning rate's."""
 
-    def start(study: str, rows: str, *, into: str = "", **flags: str) -> str:
-        folder = str(tmp_path / (into or study))
+    def start(study: str, rows: str, **flags: str) -> str:
+        folder = str(tmp_path / study)
         return Ablation(AblationArguments(study=study, rows=rows, seeds="0", output_dir=folder, **flags)).run()
 
     start("table3", "full")
@@ -174,7 +179,8 @@ def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path,
     link = tmp_path / "table5/gaussian/seed0"
     assert link.is_symlink() and link.resolve() == tmp_path / "table3/full/seed0"
     assert "2 of 4 runs" in text
-    start("learning_rates", "neural_0.004", into="rates_on_test", eval_flags="--split test")
+    rates_table(tmp_path, {"neural": "0.004"})
+    start("baselines", "neural")
     assert len(trained(ran)) == 2
     # Scored otherwise, or tuned otherwise: runs of their own.
     start("learning_rates", "neural_0.008")
@@ -186,28 +192,146 @@ def test_a_run_of_the_same_settings_is_taken_from_a_sister_study(tmp_path: Path,
     assert not link.is_symlink() and (link / "report.json").is_file()
 
 
-def test_baselines_take_the_best_rate_of_the_validation_runs(tmp_path: Path) -> None:
+def rates_table(
+    parent: Path, best: dict[str, str], lacking: dict[str, Sequence[str]] | None = None, **keys: Any
+) -> Path:
+    """learning_rates/table.json with a higher mean at each tuner's best rate. lacking: row -> scores it is without."""
     rows = {}
-    for row in studies.make_study("learning_rates", tmp_path / "learning_rates").rows:
+    for row in studies.make_study("learning_rates", parent / "learning_rates").rows:
         tuner, _, rate = row.name.partition("_")
-        best = {"neural": "0.004", "lora": "0.001", "ia3": "0.016"}[tuner]
-        score = {"mean": 0.5 if rate == best else 0.4, "std": 0.0, "values": [0.5]}
-        rows[row.name] = {"scores": dict.fromkeys(SCORES, score)}
-    table = tmp_path / "learning_rates" / "table.json"
+        score = {"mean": 0.5 if rate == best.get(tuner, "0.001") else 0.4, "std": 0.0, "values": [0.5]}
+        without = (lacking or {}).get(row.name, (lacking or {}).get("every row", ()))
+        rows[row.name] = {"scores": {name: None if name in without else score for name in SCORES}}
+    table = parent / "learning_rates" / "table.json"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text(json.dumps({"rows": rows, **keys}))
+    return table
+
+
+def test_baselines_take_the_best_rate_of_the_validation_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the study learning_rates first"):
         studies.make_study("baselines", tmp_path / "baselines")
-    table.parent.mkdir()
-    table.write_text(json.dumps({"rows": rows}))
-    flags = {row.name: row.flags[2:] for row in studies.make_study("baselines", tmp_path / "baselines").rows}
-    assert flags == {
+    rates_table(tmp_path, {"neural": "0.004", "ia3": "0.016"})
+    study = studies.make_study("baselines", tmp_path / "baselines")
+    assert {row.name: row.flags[2:] for row in study.rows} == {
         "neural": ("--lr_sparse", "0.004"),
         "lora": ("--lr_adapter", "0.001"),
         "ia3": ("--lr_adapter", "0.016"),
     }
-    del rows["lora_0.002"]
-    table.write_text(json.dumps({"rows": rows}))
-    with pytest.raises(ValueError, match="lacks lora at 0.002"):
+    assert "by the mean of referring_miou, reasoning_miou, caption_object_f1, picture_text_r1_of_50 on" in study.note
+
+
+def test_rates_are_chosen_by_the_scores_that_there_are(tmp_path: Path) -> None:
+    """A data set of real photographs has no named objects, and pictures need a prior."""
+    real = ["caption_object_f1", "picture_text_r1_of_50"]
+    table = rates_table(tmp_path, {"lora": "0.002"}, {"every row": real})
+    rows = json.loads(table.read_text())
+    # A tenth of CIDEr counts: .1 more in mIoU is more than .9 in CIDEr, and less than 1.1.
+    for cider, best in ((0.9, "0.002"), (1.1, "0.008")):
+        rows["rows"]["lora_0.008"]["scores"]["caption_cider"] = {"mean": 0.4 + cider}
+        rows["rows"]["lora_0.002"]["scores"] |= {name: {"mean": 0.4} for name in ("reasoning_miou", "caption_cider")}
+        table.write_text(json.dumps(rows))
+        study = studies.make_study("baselines", tmp_path / "baselines")
+        assert study.rows[1].flags[-1] == best
+        assert "of referring_miou, reasoning_miou, caption_cider x 0.1 on" in study.note
+
+
+@pytest.mark.parametrize(
+    "lacking, message",
+    [
+        ({"lora_0.002": ["reasoning_miou"]}, "lacks reasoning_miou of lora_0.002, which other rows have"),
+        ({"ia3_0.001": ["caption_object_f1"]}, "lacks caption_object_f1 of ia3_0.001, which other rows have"),
+        ({"every row": list(SCORES)}, "has none of referring_miou, .*finish the study learning_rates first"),
+    ],
+)
+def test_rates_need_a_score_of_every_row(lacking: dict[str, Sequence[str]], message: str, tmp_path: Path) -> None:
+    rates_table(tmp_path, {}, lacking)
+    with pytest.raises(ValueError, match=message):
         studies.make_study("baselines", tmp_path / "baselines")
+
+
+def test_rates_chosen_with_other_flags_are_refused(tmp_path: Path, ran: Ran) -> None:
+    def start(study: str, rows: str, **flags: str) -> str:
+        folder = str(tmp_path / study)
+        return Ablation(AblationArguments(study=study, rows=rows, seeds="0", output_dir=folder, **flags)).run()
+
+    start("learning_rates", "", train_flags="--max_steps 2", eval_flags="--limit 3")
+    text = start("baselines", "neural", train_flags="--max_steps  2", eval_flags="--limit 3")
+    assert "Each learning rate is the best by the mean of referring_miou" in text
+    for flags in ({"train_flags": "--max_steps 3"}, {"train_flags": "--max_steps 2", "eval_flags": "--limit 4"}):
+        with pytest.raises(ValueError, match=r"made with --\w+_flags '--\w+ \d', baselines with '--\w+ \d'"):
+            start("baselines", "neural", **flags)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"rows": {', '{"rows": [1]}', '{"rows": {"neural_0.001": 3}}', "7"])
+def test_a_damaged_table_of_rates_is_named(content: str, tmp_path: Path) -> None:
+    rates_table(tmp_path, {}).write_text(content)
+    with pytest.raises(ValueError, match=r"learning_rates/table\.json (is damaged|has none of)"):
+        studies.make_study("baselines", tmp_path / "baselines")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("report.json", '{"tuned": {"refer', r"report\.json is damaged .*remove it"),
+        ("report.json", "{}", r"report\.json is no whole report \(run is no object\): remove it"),
+        ("job.json", '{"train": [', r"job\.json is damaged .*remove the folder"),
+        ("job.json", "[]", r"job\.json is damaged .*remove the folder"),
+    ],
+)
+def test_damaged_records_of_a_run_are_named(name: str, content: str, message: str, tmp_path: Path, ran: Ran) -> None:
+    args = AblationArguments(study="table3", rows="full", seeds="0", output_dir=str(tmp_path / "study"))
+    Ablation(args).run()
+    (tmp_path / "study/full/seed0" / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Ablation(args).run()
+
+
+def test_a_report_of_before_a_score_existed(tmp_path: Path, ran: Ran) -> None:
+    args = AblationArguments(study="table3", rows="full", seeds="0", output_dir=str(tmp_path / "study"))
+    Ablation(args).run()
+    path = tmp_path / "study/full/seed0/report.json"
+    report = json.loads(path.read_text())
+    del report["tuned"]["picture_is"]
+    path.write_text(json.dumps(report))
+    assert "| all |" in Ablation(args).table()
+    row = json.loads((tmp_path / "study/table.json").read_text())["rows"]["full"]
+    assert row["scores"]["picture_is"] is None and row["scores"]["referring_miou"]["mean"] == 0.1
+
+
+def test_a_part_without_a_run_has_nothing_to_do(
+    tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ablate.py", "table5", "--part", "13/20", "--output_dir", str(tmp_path / "study")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert ablate.main() == 0
+    assert capsys.readouterr().out == "--part 13/20 has nothing to do: table5 has 12 runs.\n"
+    assert not ran
+
+
+def test_one_part_writes_the_table_at_a_time(tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, held = ablation.write_table, []
+
+    def writes(folder: Path, *words: Any, **more: Any) -> str:
+        with (folder / "parent.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(folder)
+        return write(folder, *words, **more)
+
+    monkeypatch.setattr(ablation, "write_table", writes)
+    Ablation(AblationArguments(study="table3", rows="full", seeds="0", output_dir=str(tmp_path))).run()
+    assert held == [tmp_path]
+
+
+def test_an_output_dir_that_is_a_file_is_one_message(
+    tmp_path: Path, ran: Ran, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study").write_text("")
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "table5", "--output_dir", str(tmp_path / "study")])
+    assert ablate.main() == 2
+    assert capsys.readouterr().err == (
+        f"ablate.py: error: {tmp_path}/study cannot be made a folder (File exists): name another\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,6 +341,17 @@ def test_baselines_take_the_best_rate_of_the_validation_runs(tmp_path: Path) -> 
         ({"seeds": "0,0"}, "seeds takes numbers, once each"),
         ({"part": "4/3"}, "--part is i/n"),
         ({"train_flags": '"'}, "train_flags is no command line"),
+        *(
+            ({name: f"--limit 2 {flag}"}, f"--{name} may not hold {flag.split('=')[0].split()[0]}: ")
+            for name, flags in (
+                (
+                    "eval_flags",
+                    ("--split valid", "--report-dir=x", "--checkpoint c", "--from p", "--tables a", "--summarise=a,b"),
+                ),
+                ("train_flags", ("--output-dir x", "--output_dir=x", "--seed 3", "--run_name me")),
+            )
+            for flag in flags
+        ),
     ],
 )
 def test_wrong_flags(flags: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_prompts_end_where_answers_begin(samples, token_map):
 @pytest.mark.parametrize("limit", [{"max_length": 34}, {"max_objects": 1}])
 def test_what_the_model_has_no_room_for_is_still_the_truth(samples, token_map, limit):
     sample = max(samples, key=lambda each: len(each.objects))
-    tags = [f"thing <OBJ-{i}>" for i in range(1, len(sample.objects) + 1)]
+    tags = [f"quite a long name of a thing <OBJ-{i}>" for i in range(1, len(sample.objects) + 1)]
     sample = replace(sample, question="Which?", answer=" and ".join(tags))
     make = collator(token_map, **{name: n for name, n in limit.items() if name == "max_length"})
     if "max_objects" in limit:

@@ -23,6 +23,7 @@ from pipeline.scoring.overlap import (
     halves,
     jaccard,
     matched_places,
+    mean_chance,
     overlap_table,
     used_units,
 )
@@ -76,8 +77,10 @@ def test_overlap_by_hand() -> None:
 def test_chance_is_the_mean_over_random_sets() -> None:
     rng = np.random.default_rng(0)
     sets = np.argsort(rng.random((2, 20_000, 20)), axis=2) < 8
-    assert chance(8, 20) == pytest.approx(jaccard(sets[0], sets[1]).mean(), abs=0.003)
-    assert chance(20, 20) == 1.0
+    assert chance(8, 8, 20) == pytest.approx(jaccard(sets[0], sets[1]).mean(), abs=0.003)
+    smaller = sets[1] & (np.cumsum(sets[1], axis=1) <= 3)
+    assert chance(8, 3, 20) == pytest.approx(jaccard(sets[0], smaller).mean(), abs=0.003)
+    assert chance(20, 20, 20) == 1.0
 
 
 @given(st.lists(st.integers(0, 5), max_size=30).map(np.array), st.lists(st.integers(0, 5), max_size=30).map(np.array))
@@ -112,6 +115,7 @@ def test_the_table_and_its_controls(tmp_path: Path) -> None:
     assert set(map(tuple, found["halves"].values())) == {(1.0, 1.0)}
     first, second = halves(tasks["a"], np.random.default_rng(1))
     assert len(first) == len(second) == 4
+    assert found["chance"]["a/b"] == [chance(3, 3, 8)] * 2 and mean_chance(found) == pytest.approx(chance(3, 3, 8))
     text = format_overlap({"tuned": found, "untuned": found}, 0.25)
     assert "| a and c | 0.00 | – | 0.00 | – |" in text
     with pytest.raises(ValueError, match="at least two samples"):

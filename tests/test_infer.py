@@ -126,6 +126,34 @@ def test_answers_are_not_mixed(model, pictures, tmp_path):
     assert (pictures / "notes.txt").exists()
 
 
+def test_another_request_of_the_same_id_is_refused(model, pictures, tmp_path):
+    def asked(text: str):
+        path = tmp_path / "ask.jsonl"
+        path.write_text(json.dumps({"image": "pictures/scene 0.jpg", "task": "segment", "text": text}) + "\n")
+        return read_requests(task="reason", image="", text="", input=str(path))
+
+    out = tmp_path / "out"
+    answer(model, asked("the red circle"), out)
+    answer(model, asked("the red circle"), out)
+    with pytest.raises(ValueError, match="another request of the id '1' .*text 'the red circle'.*--overwrite"):
+        answer(model, asked("the green star"), out)
+    (out / "answers.jsonl").write_text('{"id": "1"}\n')
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 1 is no answer of infer.py .*--overwrite"):
+        answer(model, asked("the red circle"), out)
+
+
+def test_ids_of_files_and_texts_of_any_script(pictures, tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for name in ("图.jpg", "猫.jpg"):
+        (folder / name).write_bytes(scene(0))
+    found = read_requests(task="caption", image=str(folder), text="", input="")
+    assert sorted(request.id for request in found) == ["_.jpg", "_.jpg-2"]
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"image": "x.jpg", "text": "a\u2028b"}, ensure_ascii=False) + "\n")
+    (one,) = read_requests(task="reason", image="", text="", input=str(tmp_path / "ask.jsonl"))
+    assert one.text == "a\u2028b"
+
+
 def test_nothing_found_is_said(model, tmp_path):
     with saying(model, ANSWERS | {"referring": "none."}):
         nothing = model.segment(scene(0), "the green star")

@@ -66,7 +66,9 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect(env | {"DS_ACCELERATOR": "cpu"}).device.type == "cpu"
     # One GPU shown to each SLURM task.
     step = env | {"SLURM_STEP_NUM_TASKS": "2", "CUDA_VISIBLE_DEVICES": "1"}
-    assert detect(step).device == torch.device("cuda", 0)
+    found = detect(step)
+    assert (found.device, found.local_rank) == (torch.device("cuda", 0), 1)
+    assert step["LOCAL_RANK"] == "0", "DeepSpeed's own number of the GPU"
 
 
 def test_a_world_of_one_needs_no_process_group() -> None:

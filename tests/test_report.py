@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import rle
 from pipeline.runtime.provenance import git_state, package_versions
+from pipeline.runtime.reporting import contact_sections
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
+from pipeline.scoring.predictions import Prediction
+from pipeline.scoring.records import read_report
 from pipeline.scoring.report import build_report, format_markdown, format_table, tokenizer_note, write_report
 from pipeline.scoring.scores import CONDITIONS, SCORES
 from pipeline.scoring.seeds import summarise, write_summary
@@ -182,6 +190,25 @@ def test_contact_sheet_takes_odd_cards(tmp_path: Path) -> None:
         )
 
 
+def test_masks_over_a_picture_that_was_shrunk_at_packing(tmp_path: Path) -> None:
+    side, mask = 10, np.zeros((40, 80), bool)
+    mask[:20] = True
+    buffer = io.BytesIO()
+    Image.new("RGB", (2 * side, side)).save(buffer, "PNG")
+    found = Prediction(
+        key="a",
+        task="referring",
+        text="the top",
+        masks=[rle.encode(mask)],
+        reference={"index": 0, "size": (40, 80), "masks": [rle.encode(mask)], "question": "the top"},
+    )
+    (section,) = contact_sections([found], [SimpleNamespace(image=buffer.getvalue())])  # type: ignore[arg-type]
+    (card,) = section.cards
+    assert isinstance(card, MaskCard) and card.iou == 1.0
+    assert card.picture.shape == (40, 80, 3)
+    assert draw_sheet([section], tmp_path / "sheet.png", title="Shrunk").exists()
+
+
 def test_wrap_cuts_with_an_ellipsis() -> None:
     lines = wrap("one two three four five six seven", size=13, width=60, most=2)
     assert len(lines) == 2
@@ -190,11 +217,16 @@ def test_wrap_cuts_with_an_ellipsis() -> None:
     assert _word_width(broken[0], 13) <= 60
 
 
+def seed_run(seed: int, **facts: Any) -> dict[str, Any]:
+    """What the report of a run of that seed says of it."""
+    own = {"seed": seed, "checkpoint": f"runs/{seed}/checkpoint-9", "samples": {"caption": 4}}
+    return RUN | own | {"split": "test", "protocol": "free-running"} | facts
+
+
 def test_summary_over_seeds(tmp_path: Path) -> None:
     for seed, value in enumerate((0.5, 0.7, 0.9)):
-        run = RUN | {"seed": seed, "checkpoint": "runs/x/checkpoint-9", "samples": {"caption": 4}, "split": "test"}
         scores = {"tuned": dict.fromkeys(KEYS, value), "untuned": {"caption_cider": value} if seed else {}}
-        write_report(build_report(scores, run), tmp_path / str(seed))
+        write_report(build_report(scores, seed_run(seed)), tmp_path / str(seed))
     text = write_summary([tmp_path / str(seed) for seed in range(3)], tmp_path / "out", "Three seeds")
     assert "| referring segmentation | mIoU | 0.700 ± 0.200 | – | – |" in text
     assert (tmp_path / "out/summary.md").read_text() == text
@@ -212,8 +244,59 @@ def test_a_summary_compares_like_with_like(tmp_path: Path) -> None:
     one, other = example(), example()
     with pytest.raises(ValueError, match="at least two reports, found 1"):
         summarise([one])
-    other["run"] = {**other["run"], "samples": 499}
-    with pytest.raises(ValueError, match="differ in samples: 499, 500"):
-        summarise([one, other])
+    for facts, message in (
+        ({"samples": 499}, 'differ in samples: 499, {"caption": 4}'),
+        ({"data": "shards/b"}, 'differ in data: "shards/b", null'),
+        ({"phrases": "each alone"}, 'differ in phrases: "each alone", null'),
+        ({"settings": {"seed": 1, "limit": 9}}, "differ in settings.limit: 0, 9"),
+        ({"checkpoint": "runs/0/checkpoint-9", "seed": 0}, "two reports are of one run, runs/0/checkpoint-9 of seed 0"),
+    ):
+        one["run"], other["run"] = seed_run(0, settings={"seed": 0, "limit": 0}), seed_run(1) | facts
+        with pytest.raises(ValueError, match=re.escape(message)):
+            summarise([one, other])
+    # The evaluation's seed may differ, and older reports have no settings.
+    one["run"], other["run"] = seed_run(0, settings={"seed": 0}), seed_run(1, settings={"seed": 1})
+    summarise([one, other, one | {"run": seed_run(2)}])
     with pytest.raises(ValueError, match="evaluate that run first"):
         write_summary([tmp_path / "none"], tmp_path, "x")
+    write_report(one, tmp_path / "one")
+    with pytest.raises(ValueError, match="is named twice"):
+        write_summary([tmp_path / "one", tmp_path / "one/../one"], tmp_path, "x")
+    write_report(other, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"report.json cannot be made a folder \(File exists\)"):
+        write_summary([tmp_path / "one", tmp_path / "other"], tmp_path / "one/report.json", "x")
+
+
+def test_a_summary_of_counts_that_are_one_number(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_report(build_report({}, seed_run(seed, samples=500)), tmp_path / str(seed))
+    assert "| checkpoint-9 | 500 |" in write_summary([tmp_path / "0", tmp_path / "1"], tmp_path, "x")
+
+
+def test_what_is_no_report_is_named_by_file_and_field(tmp_path: Path) -> None:
+    whole = json.loads(json.dumps(build_report({"tuned": dict.fromkeys(KEYS, 0.5)}, seed_run(0))))
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(whole))
+    assert read_report(tmp_path) == whole
+    run = whole["run"]
+    for content, message in (
+        (json.dumps(whole)[:-9], "is damaged ("),
+        ("[]", "is damaged (it holds no JSON object)"),
+        ('{"a": 1}', "(run is no object)"),
+        (json.dumps({"run": run}), "(tuned is no object)"),
+        (json.dumps(whole | {"run": {k: v for k, v in run.items() if k != "seconds"}}), "(run.seconds is missing)"),
+        (json.dumps(whole | {"run": run | {"seconds": {"tune": "long"}}}), "(run.seconds holds something other"),
+        (json.dumps(whole | {"run": run | {"samples": "many"}}), "(run.samples is of another kind)"),
+        (json.dumps(whole | {"untuned": []}), "(untuned is no object)"),
+        (json.dumps(whole | {"tuned": {"caption_cider": "high"}}), "(tuned.caption_cider is no number)"),
+        (json.dumps(whole | {"tuned": {"caption_cider": float("nan")}}), "(tuned.caption_cider is no number)"),
+        (json.dumps(whole | {"intervals": 3}), "(intervals is no object)"),
+        (
+            json.dumps(whole | {"intervals": {"tuned": {"caption_cider": [1]}}}),
+            "(intervals.tuned.caption_cider is no pair of numbers)",
+        ),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read_report(tmp_path)
+        assert str(path) in str(error.value) and "evaluate that run again" in str(error.value)

@@ -21,8 +21,8 @@ from pipeline.scoring.bootstrap import Bootstrap
 from pipeline.scoring.captions import bleu_of_counts, score_captions
 from pipeline.scoring.distributions import Inception, frechet_distance, inception_score, kernel_distance
 from pipeline.scoring.masks import mask_intervals, match_masks, score_images, score_masks
-from pipeline.scoring.paper_tables import PRINTED, TABLES, write_tables
-from pipeline.scoring.report import build_report
+from pipeline.scoring.paper_tables import PRINTED, TABLES, table_runs, write_tables
+from pipeline.scoring.report import build_report, write_report
 
 H, W = 12, 16
 
@@ -251,3 +251,22 @@ def test_tables_mark_what_was_printed(tmp_path: Path) -> None:
     assert "125.0" in rows["table2"][1]
     assert rows["refcoco"][1] == ["phrases", "measured", "25.0", "50.0", "refcoco+ testA"]
     assert "not on MMUD" in text and all(printed.source in text for printed in PRINTED)
+
+
+def test_runs_of_one_folder_name_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"samples": 4, "seconds": {}, "versions": {}, "commit": "c", "split": "test", "protocol": "free-running"}
+    for name in ("a/seed0", "b/seed0"):
+        write_report(build_report({"tuned": {"referring_miou": 0.5}}, {**run, "checkpoint": name}), tmp_path / name)
+    monkeypatch.chdir(tmp_path / "a/seed0")
+
+    def names(*runs: str) -> list[str]:
+        table_runs([Path(run) for run in runs], tmp_path / "out")
+        rows = csv.reader((tmp_path / "out/table1.csv").open())
+        return [name for name, kind, *_ in rows if kind == "measured"]
+
+    assert names("../../a/seed0", "../../b/seed0") == ["a/seed0", "b/seed0"]
+    assert names(".") == ["seed0"]
+    with pytest.raises(ValueError, match="--tables names . twice"):
+        names(".", "../seed0")
+    with pytest.raises(ValueError, match="--tables names no run"):
+        names()

@@ -77,7 +77,10 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         args = ["--checkpoint", run, "--split", "train", "--samples", "4", "--batch", "2"]
         return {"name": name, "script": "look_inside.py", "args": [str(word) for word in args]}
 
-    saved = world.one / "checkpoint-2"
+    saved, forced = world.one / "checkpoint-2", ("--protocol", "teacher-forced")
+    released: dict[str, Any] = {"mechanism": "released", "first_tuned_layer": 1, "projections": "qkv", "bf16": "true"}
+    released |= {"global_batch": 2, "max_steps": 2}
+    paths = {"base": "base", "clip_weights": "clip", "data": "shards"}
     unknown = train("unknown flag")
     unknown["args"] += ["--global-bach", "8"]
     ready = train("ready")
@@ -101,27 +104,19 @@ def jobs(world: World) -> dict[str, dict[str, Any]]:
         train("moved", resume=world.two / "checkpoint-2", deepspeed="ds_configs/z1.json"),
         train(
             "released",
-            mechanism="released",
-            first_tuned_layer=1,
-            projections="qkv",
+            **released,
             gradient_checkpointing="attention",
-            bf16="true",
-            global_batch=2,
-            max_steps=2,
             eval_steps=2,
             # As they are typed in the folder where the job runs.
-            base=os.path.relpath(world.base, REPO),
-            clip_weights=os.path.relpath(world.clip, REPO),
-            data=os.path.relpath(world.shards, REPO),
+            **{name: os.path.relpath(getattr(world, of), REPO) for name, of in paths.items()},
         ),
+        train("released z3", **released, deepspeed="ds_configs/z3.json"),
         train("lora", tuner="lora", max_steps=2),
         train("ia3", tuner="ia3", max_steps=2, deepspeed="ds_configs/z3.json"),
         evaluate("no run", world.root / "nowhere"),
         evaluate("wrong base", world.two, "--base", world.other_base),
         evaluate("scores", world.two, "--condition", "all", "--report_dir", world.root / "scores"),
-        evaluate(
-            "forced", world.two / "checkpoint-2", "--protocol", "teacher-forced", "--report_dir", world.root / "forced"
-        ),
+        evaluate("forced", world.two / "checkpoint-2", *forced, "--report_dir", world.root / "forced"),
         evaluate("scores released", world.root / "released", "--limit", "1"),
         evaluate("scores lora", world.root / "lora", "--limit", "1"),
         look("units", world.one),
@@ -163,6 +158,13 @@ def test_a_resume_goes_on_as_if_there_had_been_no_stop(world: World, jobs: Mappi
     assert jobs["moved"]["code"] == 0, jobs["moved"]["err"]
     for a, b in zip(losses(world.one)[2:], losses(world.root / "moved"), strict=True):
         assert b == pytest.approx(a, rel=ACROSS)
+
+
+def test_bf16_under_zero_3_is_that_of_zero_2(world: World, jobs: Mapping[str, Any]) -> None:
+    """What is not loaded in pieces is cast, too: trained weights of two types would be refused."""
+    assert jobs["released z3"]["code"] == 0, jobs["released z3"]["err"]
+    for a, b in zip(losses(world.root / "released"), losses(world.root / "released_z3"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.01)
 
 
 def test_a_finished_run_says_what_to_do_next(world: World, jobs: Mapping[str, Any]) -> None:

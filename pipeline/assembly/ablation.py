@@ -3,12 +3,12 @@
 A row at a seed is a run of its own in <output_dir>/<row>/seed<n>. What is finished (its report.json stands) is not run
 again, what was stopped goes on from its checkpoint. A run with every setting of one which another study in the same
 parent folder has finished (Table 3's whole and Table 5's first pattern, say) is not made twice: its folder is a link to
-the other. In MLflow the study is a parent run and each of these a child.
+the other. In MLflow the study is a parent run and each run that is made here a child; a linked one stands in the other
+study.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -36,6 +36,7 @@ from pipeline.data.joining import parse_part
 from pipeline.runtime.provenance import write_json
 from pipeline.runtime.tracking import Tracker
 from pipeline.scoring.ablation_table import Row, write_table
+from pipeline.scoring.records import make_folder, read_object, read_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Ablation:
 
     def __init__(self, args: AblationArguments) -> None:
         self.args, self.folder = args, args.folder
-        self.study: Study = make_study(args.study, self.folder)
+        self.study: Study = make_study(args.study, self.folder, args.train_flags, args.eval_flags)
         asked = [name.strip() for name in args.rows.split(",") if name.strip()]
         names = [row.name for row in self.study.rows]
         if unknown := [name for name in asked if name not in names]:
@@ -88,15 +89,17 @@ class Ablation:
         return self.jobs[first - 1 :: step]
 
     def run(self) -> str:
-        """Runs what is not finished, and returns the table.
+        """Runs what is not finished, and returns the table; of a --part without a run, a line that says so.
 
         Raises RuntimeError naming the command if one fails (what is finished stays), ValueError if a folder holds runs
-        of other flags.
+        of other flags or cannot be made.
         """
         own = self.own_jobs()
+        if not own:
+            return f"--part {self.args.part} has nothing to do: {self.args.study} has {len(self.jobs)} runs."
         for job in own:
             self._check_flags(job)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         # One store for the parent and all children, unless there is a server.
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder.resolve() / 'mlflow.db'}"
@@ -115,28 +118,35 @@ class Ablation:
 
         Raises ValueError if there is none, or one of other flags.
         """
+        if not any(job.finished for job in self.whole):
+            raise ValueError(f"{self.folder} holds no finished run of {self.args.study}")
+        # Parts may end together: the last one to write has read all that the others finished.
+        with self._lock():
+            return self._write_table()
+
+    def _write_table(self) -> str:
         reports: dict[str, dict[int, Any]] = {}
         for job in self.whole:
             if job.finished:
                 self._check_flags(job)
-                report = json.loads((job.folder / "report.json").read_text())
+                report = read_report(job.folder, "remove it, and ablate.py scores that run again")
                 reports.setdefault(job.row.name, {})[job.seed] = report
-        if not reports:
-            raise ValueError(f"{self.folder} holds no finished run of {self.args.study}")
         done = sum(map(len, reports.values()))
-        own = [
-            word
-            for name in ("train_flags", "eval_flags")
-            if (value := getattr(self.args, name))
-            for word in (f"--{name}", value)
-        ]
+        flags = {"train_flags": self.args.train_flags, "eval_flags": self.args.eval_flags}
+        own = [word for name, value in flags.items() if value for word in (f"--{name}", value)]
         command = shlex.join(["python", "pipeline/ablate.py", self.args.study, "--seeds", self.args.seeds, *own])
         note = f"{done} of {len(self.whole)} runs, scored on the split {self.study.split}. Made by `{command}`."
-        return write_table(self.folder, self.study.title, self.study.rows, reports, note, self.study.reference)
+        note += f" {self.study.note}" if self.study.note else ""
+        study = self.study
+        return write_table(self.folder, study.title, study.rows, reports, note, study.reference, **flags)
+
+    def _lock(self) -> FileLock:
+        """Held by one part of an array at a time."""
+        return FileLock(self.folder / "parent.lock")
 
     def _check_flags(self, job: Job) -> None:
         record = job.folder / "job.json"
-        if record.is_file() and json.loads(record.read_text()).get("settings") != _facts(job)["settings"]:
+        if record.is_file() and _settings(record) != _facts(job)["settings"]:
             raise ValueError(
                 f"{job.folder} holds a run with other flags ({record.name} there has them): give another --output_dir, "
                 "or remove the folder"
@@ -151,7 +161,7 @@ class Ablation:
         wanted = _facts(job)["settings"]
         for record in sorted(self.folder.parent.glob("*/*/seed*/job.json")):
             other = record.parent
-            same = not other.is_symlink() and json.loads(record.read_text()).get("settings") == wanted
+            same = not other.is_symlink() and _settings(record) == wanted
             if same and (other / "report.json").is_file():
                 job.folder.parent.mkdir(parents=True, exist_ok=True)
                 job.folder.symlink_to(os.path.relpath(other, job.folder.parent), target_is_directory=True)
@@ -169,7 +179,7 @@ class Ablation:
 
     def _parent_run(self) -> str | None:
         """MLflow's id of the study's run; None if the server does not answer. The parts of an array share it."""
-        with FileLock(self.folder / "parent.lock"):
+        with self._lock():
             tracker = self._tracker(None)
             tracker.set_tags({"study": self.args.study, "title": self.study.title})
             tracker.close()
@@ -177,7 +187,7 @@ class Ablation:
 
     def _close_parent(self) -> None:
         """The table into the study's run, which ends with its last run."""
-        with FileLock(self.folder / "parent.lock"):
+        with self._lock():
             tracker = self._tracker(0 if all(job.finished for job in self.jobs) else None)
             for name in ("table.md", "table.csv", "table.json"):
                 tracker.log_artifact(self.folder / name)
@@ -200,6 +210,11 @@ def _facts(job: Job) -> dict[str, Any]:
     for name in [name for name in values if name.startswith("lr_") and values[name] is None]:
         values[name] = values["lr"]
     return {"train": train, "evaluate": evaluate, "settings": settings}
+
+
+def _settings(record: Path) -> Any:
+    """The settings in a job.json, None without. ValueError if it is damaged."""
+    return read_object(record, f"remove the folder {record.parent}").get("settings")
 
 
 def _command(words: list[str] | tuple[str, ...], log: Path) -> None:

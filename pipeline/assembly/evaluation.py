@@ -33,6 +33,7 @@ from pipeline.scoring.contact_sheet import draw_sheet
 from pipeline.scoring.distributions import Inception
 from pipeline.scoring.paper_tables import write_tables
 from pipeline.scoring.predictions import Prediction, load_predictions, read_about, save_about, save_predictions
+from pipeline.scoring.records import make_folder, read_object
 from pipeline.scoring.report import build_report, format_table, tokenizer_note, write_report
 from pipeline.scoring.suite import Rules, Scored, score_predictions
 
@@ -109,9 +110,9 @@ class Evaluation:
     def _problem(self) -> str:
         """What would stop this evaluation after the large files are read or the answers given; "" if nothing."""
         try:
-            self.predictions.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            return f"--report_dir {self.folder} cannot hold a report ({error}): give a folder that can be written to"
+            make_folder(self.predictions)
+        except ValueError as error:
+            return str(error)
         if problems := verify(self.trained.folder):
             return f"{self.trained.folder} is no whole checkpoint: {'; '.join(problems)}"
         return ""
@@ -255,16 +256,14 @@ def _seconds_of_training(record: Path) -> dict[str, float]:
     """The seconds that run.json names by stage; {} without the file. Raises ValueError if it cannot be read."""
     if not record.is_file():
         return {}
+    remedy = "mend it or move it away; without it the report lacks the seconds of training"
+    found = read_object(record, remedy).get("seconds", {})
     try:
-        found = json.loads(record.read_text(encoding="utf-8")).get("seconds", {})
         if not all(map(math.isfinite, found.values())):
-            raise ValueError(f"seconds are {found}")
-        return found
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{record} is damaged ({error!r}): mend its `seconds`, or move the file away; the report then lacks the "
-            "training's seconds"
-        ) from error
+            raise ValueError("a number of seconds is not finite")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is damaged (seconds: {error}): {remedy}") from error
+    return found
 
 
 def _first_readable(dataset: SampleSource, split: str) -> Sample:
@@ -309,7 +308,7 @@ def score_answers(about: Mapping[str, Any], predictions: Path, folder: Path, arg
 
     about: from `read_about`. Raises ValueError if the predictions are not whole or damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     mini = about["vocabulary"] == "mini"
     rules = Rules(
         tasks=tuple(about["tasks"]),
@@ -325,7 +324,9 @@ def score_answers(about: Mapping[str, Any], predictions: Path, folder: Path, arg
         answers, features = load_predictions(predictions, about, condition)
         scored[condition] = score_predictions(answers, features, rules, condition)
         samples = {task: sum(p.task == task for p in answers) for task in rules.tasks}
-    settings = {**about["run"].get("settings", {}), "bootstrap": args.bootstrap, "scoring seed": args.seed}
+    settings = {**about["run"].get("settings", {}), "bootstrap": args.bootstrap}
+    if settings.get("seed") != args.seed:
+        settings["scoring seed"] = args.seed
     for found in scored.values():
         if tokenizer := found.details.get("caption", {}).get("tokenizer"):
             settings["caption tokenizer"] = tokenizer

@@ -17,7 +17,7 @@ from pipeline.data.loader import build_loader
 from pipeline.data.order import SampleOrder
 from pipeline.model.firing import Firing, record
 from pipeline.runtime.checkpoint import load_trained
-from pipeline.scoring.overlap import chance, format_overlap, frequency, overlap_table
+from pipeline.scoring.overlap import format_overlap, frequency, mean_chance, overlap_table
 from pipeline.scoring.overlap_figures import draw_firing, draw_overlap
 from pipeline.scoring.report import replace_text
 
@@ -43,8 +43,7 @@ class Inspection:
         load_trained(self.tuner, self.trained.folder)
         tuned = self._record("tuned")
         found = {"tuned": overlap_table(tuned, self.args.seed), "untuned": overlap_table(untuned, self.args.seed)}
-        networks = self.tuner.networks
-        by_chance = chance(networks[-1].n_active, networks[-1].z_dim)
+        by_chance = mean_chance(found["tuned"])
         self.folder.mkdir(parents=True, exist_ok=True)
         rates = {task: frequency(firing.fired) for task, firing in tuned.items()}
         firing = draw_firing(rates, self.folder / "firing.png")
@@ -68,8 +67,9 @@ class Inspection:
         return f"{table}\n{note}\nFigures and tables: {self.folder}"
 
     def _record(self, name: str) -> dict[str, Firing]:
-        size = min(self.args.batch, len(self.dataset))
-        count = min(self.args.samples, len(self.dataset)) // size
+        samples = min(self.args.samples, len(self.dataset))
+        size = min(self.args.batch, samples)
+        count = samples // size
 
         def watched(task: str) -> Iterator[tuple[Batch, VisionFeatures]]:
             batches = self._batches(task, size, count)

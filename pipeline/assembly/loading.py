@@ -67,7 +67,7 @@ def open_checkpoint(checkpoint: str | Path, replaced: Mapping[str, str]) -> Trai
     An exported folder holds no paths: those of the preset stand in where it names any.
 
     Args:
-        checkpoint: the folder; empty takes runs/quickstart, else runs/mini, whichever there is.
+        checkpoint: the folder; empty takes runs/mini, else runs/quickstart.
         replaced: paths that stand elsewhere than when it was trained, by flag.
 
     Raises:

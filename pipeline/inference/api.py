@@ -134,7 +134,8 @@ class NeuralTuner:
 
         Args:
             options: candidates (4) drawn for each picture, the one nearest to the wanted CLIP embedding being kept;
-                picture_temperature (1), picture_top_k (500), picture_top_p (.95) of the codes' draw; batch_size (8).
+                picture_temperature (1), picture_top_k (None: see `Sampling`), picture_top_p (.95) of the codes' draw;
+                batch_size (8).
 
         Raises:
             ValueError: the model was loaded without a picture decoder.

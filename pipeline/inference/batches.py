@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.data.brief import brief
 from pipeline.data.images import load
 from pipeline.inference.api import NeuralTuner
 from pipeline.inference.jobs import Request
@@ -42,7 +43,7 @@ class Output:
         overwrite: remove the answers of an earlier run instead of going on.
 
     Raises:
-        ValueError: the folder holds answers of other settings, or files of something else.
+        ValueError: the folder holds answers of other settings, a damaged answers.jsonl, or files of something else.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -68,25 +69,43 @@ class Output:
         self.done = self._read_done()
         (self.folder / ERRORS).unlink(missing_ok=True)
 
-    def _read_done(self) -> set[str]:
-        """Ids of whole lines; a last line that a kill cut off is taken away."""
+    def _read_done(self) -> dict[str, Any]:
+        """Id -> what was asked, of whole lines; a last line that a kill cut off is taken away."""
         path = self.folder / ANSWERS
         if not path.is_file():
-            return set()
-        whole, end = set(), 0
+            return {}
+        whole, end = {}, 0
         with path.open("rb") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
-                whole.add(json.loads(line)["id"])
+                try:
+                    found = json.loads(line)
+                    whole[str(found["id"])] = found["asked"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is no answer of infer.py ({error!r}): give another --out, or "
+                        "--overwrite"
+                    ) from error
                 end += len(line)
         with path.open("r+b") as file:
             file.truncate(end)
         return whole
 
+    def left(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests that are not answered yet. Raises ValueError if an id was answered for another request."""
+        for request in requests:
+            if request.id in self.done and self.done[request.id] != _asked(request):
+                before = ", ".join(f"{name} {brief(value)}" for name, value in sorted(self.done[request.id].items()))
+                raise ValueError(
+                    f"--out {self.folder} holds the answer to another request of the id {request.id!r} ({before}): "
+                    "give another folder, or --overwrite"
+                )
+        return [request for request in requests if request.id not in self.done]
+
     def write(self, request: Request, result: Answer | Drawing) -> None:
         """One answer: its files, then its line."""
-        line = {"id": request.id, **result.to_json()}
+        line = {"id": request.id, "asked": _asked(request), **result.to_json()}
         if isinstance(result, Drawing):
             names = [f"pictures/{request.id}-{k}.png" for k in range(len(result.pictures))]
             for name, data in zip(names, result.pictures, strict=True):
@@ -112,6 +131,15 @@ class Output:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def _asked(request: Request) -> dict[str, Any]:
+    """The request as an answer's line remembers it."""
+    return {
+        "task": request.task,
+        "image": request.image and str(request.image.absolute()),
+        "text": request.text,
+    }
+
+
 def answer_all(
     model: NeuralTuner,
     requests: Sequence[Request],
@@ -124,7 +152,7 @@ def answer_all(
     pictures: Mapping[str, Any],
 ) -> tuple[list[tuple[Request, Answer | Drawing]], int]:
     """Answers what is not answered yet; ((request, answer) of this run's last batch, number of failures)."""
-    left = [request for request in requests if request.id not in output.done]
+    left = output.left(requests)
     last: list[tuple[Request, Answer | Drawing]] = []
     failures = 0
     with tqdm(total=len(requests), initial=len(requests) - len(left), unit="answer", disable=len(requests) < 2) as bar:

@@ -142,6 +142,13 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any], *, name: st
     return "\n".join(lines) + "\n"
 
 
+def _counts(samples: Any) -> str:
+    """How many samples of each task were scored."""
+    if isinstance(samples, Mapping):
+        return ", ".join(f"{count:,} of {task}" for task, count in samples.items())
+    return f"{samples} samples"
+
+
 def _score_lines(report: Mapping[str, Any]) -> list[str]:
     """The conditions side by side, a score to a line; a sentence where there was no evaluation."""
     if not report:
@@ -149,7 +156,8 @@ def _score_lines(report: Mapping[str, Any]) -> list[str]:
     conditions = [c for c in ("tuned", "untuned", "shuffled") if any(v is not None for v in report.get(c, {}).values())]
     run = report["run"]
     lines = [
-        f"Split {run.get('split')}, {run.get('protocol')} decoding, commit `{run.get('commit')}`.",
+        f"Split {run.get('split')} ({_counts(run.get('samples'))}), {run.get('protocol')} decoding, commit "
+        f"`{run.get('commit')}`.",
         "",
         "| score | " + " | ".join(conditions) + " |",
         "|---|" + "---:|" * len(conditions),

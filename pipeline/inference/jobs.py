@@ -48,18 +48,31 @@ def read_requests(*, task: str, image: str, text: str, input: str) -> list[Reque
             raise ValueError(f"--image {source} holds no picture ({', '.join(SUFFIXES)})")
         if not source.is_dir() and not source.is_file():
             raise ValueError(f"--image {source}: there is no such file or folder")
-        requests = [_checked(_name(path), task, path, text, "--text") for path in files or [source]]
+        names = _names(files or [source])
+        requests = [_checked(name, task, path, text, "--text") for name, path in names.items()]
     seen: set[str] = set()
     for request in requests:
         if request.id in seen:
-            raise ValueError(f"two requests have the id {request.id!r}: ids name the files of the answers")
+            raise ValueError(
+                f"--input {input}: two requests have the id {request.id!r}, which names the files of an answer: give "
+                "each its own (a line without an id has its number)"
+            )
         seen.add(request.id)
     return requests
 
 
-def _name(path: Path) -> str:
-    """The file's name as an id: a.jpg and a.png of one folder stay apart."""
-    return re.sub(r"[^\w.-]", "_", path.name, flags=re.ASCII)[:100]
+def _names(files: list[Path]) -> dict[str, Path]:
+    """Each file's name as an id (a.jpg and a.png stay apart), with a number where letters that are left out tell two
+    apart."""
+    found: dict[str, Path] = {}
+    for file in files:
+        name = base = re.sub(r"[^\w.-]", "_", file.name, flags=re.ASCII)[:90]
+        again = 1
+        while name in found:
+            again += 1
+            name = f"{base}-{again}"
+        found[name] = file
+    return found
 
 
 def _checked(identity: str, task: str, image: Path | None, text: Any, where: str) -> Request:
@@ -74,7 +87,8 @@ def _checked(identity: str, task: str, image: Path | None, text: Any, where: str
 
 def _from_jsonl(path: Path, task: str, text: str) -> list[Request]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also parts at characters that JSON allows within a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--input {path} cannot be read: {error}") from error
     found = list(_parsed(path, lines, task, text))

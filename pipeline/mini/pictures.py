@@ -174,7 +174,7 @@ def prior_gate(model: ImagePrior, held_out: training.ScenePool, clip: VisionTowe
     texts = [s.caption() for s in held_out.scenes[: 4 * GROUP]]
     embed, found = partial(embed_pictures, clip), {}
     for name, candidates in (("text_r1_of_50", 4), ("text_r1_of_50_single_draw", 1)):
-        sampling = Sampling(temperature=1.0, top_k=100, top_p=0.95, candidates=candidates)
+        sampling = Sampling(candidates=candidates)
         drawn = Painter(model, vqgan, embed, clip.embed_dim, sampling).paint(clip(shown).embedding, seed=0)
         found[name] = retrieval_r1(embed(drawn), clip.encode_text(texts).cpu(), group=GROUP, seed=0)
     model.train(training_mode)

@@ -23,10 +23,13 @@ Embed = Callable[[list[bytes]], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How codes are drawn (see `ImagePrior.sample`), and how many candidates of each picture."""
+    """How codes are drawn (see `ImagePrior.sample`), and how many candidates of each picture.
+
+    top_k: None takes 100 for each 512 codes that there are, and at most CLIP-GEN's 500.
+    """
 
     temperature: float = 1.0
-    top_k: int = 500
+    top_k: int | None = None
     top_p: float = 0.95
     candidates: int = 4
 
@@ -86,7 +89,7 @@ class Painter:
         codes = self.prior.sample(
             wanted_NE,
             temperature=options.temperature,
-            top_k=options.top_k,
+            top_k=min(500, self.prior.config.n_codes // 512 * 100) if options.top_k is None else options.top_k,
             top_p=options.top_p,
             seed=seed,
             keys=[(key, candidate) for key in keys or range(len(embedding_GE)) for candidate in range(count)],

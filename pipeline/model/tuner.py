@@ -217,17 +217,17 @@ class NeuralTuner(nn.Module):
         bce, mse with their counts tokens, masks, pictures, and ce/<task>, tokens/<task>, dice/<task>, masks/<task>.
         """
         weights = weights or LossWeights()
-        embeds_BTD = self._embed(batch.input_ids, features, batch.segment_ids)
-        hidden_BTD = self._hidden(embeds_BTD, None, batch.position_ids)
-        device = hidden_BTD.device
-
-        # Logits of labelled positions only: the full [B,T,V] would be the largest tensor of the step.
+        device = batch.labels.device
+        # Logits of labelled positions only: the full [B,T,V] would be the largest tensor of the step. Their places are
+        # counted before the LM runs, since counting waits for the GPU.
         rows_N, at_N = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         n_tokens, n_masks, n_pictures = rows_N.shape[0], batch.masks.shape[0], batch.gen_rows.shape[0]
         labels_N, samples_N = batch.labels[rows_N, at_N + 1], batch.segment_ids[rows_N, at_N]
         if not n_tokens:
             rows_N = at_N = torch.zeros(1, dtype=torch.long, device=device)
             labels_N = torch.full((1,), IGNORE, device=device)
+        embeds_BTD = self._embed(batch.input_ids, features, batch.segment_ids)
+        hidden_BTD = self._hidden(embeds_BTD, None, batch.position_ids)
         logits_NV = self.llm.get_output_embeddings()(hidden_BTD[rows_N, at_N])
         ce_N = losses.answer_losses(logits_NV, labels_N, IGNORE)
 

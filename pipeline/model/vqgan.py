@@ -104,8 +104,14 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def codes(self, pictures: Tensor) -> Tensor:
-        """Pictures -> code ids [B, N]."""
-        return self.quantize(self.encode(pictures))[2][2].view(pictures.shape[0], -1)
+        """Pictures -> code ids [B, N].
+
+        taming's own choice of the nearest code, without the quantizer's one-hot matrix, which it makes on the CPU.
+        """
+        latents_ND = self.encode(pictures).permute(0, 2, 3, 1).flatten(0, 2)
+        book_KD = self.quantize.embedding.weight
+        distances_NK = latents_ND.square().sum(1, keepdim=True) + book_KD.square().sum(1) - 2 * latents_ND @ book_KD.T
+        return distances_NK.argmin(1).view(pictures.shape[0], -1)
 
     @torch.no_grad()
     def pictures(self, codes: Tensor) -> Tensor:

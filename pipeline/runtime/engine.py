@@ -157,6 +157,16 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _cast_the_rest(model: nn.Module) -> None:
+    """To bf16, as DeepSpeed does with a whole model: where some weights were loaded in pieces it casts no others.
+
+    Left in fp32 they would be computed with in fp32, and ZeRO-3 cannot spread two types of trained weights.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 class Engine:
     """A model under DeepSpeed ZeRO-1, 2 or 3 with AdamW, linear warm-up and cosine decay."""
 
@@ -187,6 +197,8 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self._names = list(trained)
+        if self.stage == 3 and config["bf16"]["enabled"]:
+            _cast_the_rest(model)
         kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads(config) else torch.optim.AdamW
         adam = kind(used, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(adam, optimizer.rate)

@@ -17,13 +17,14 @@ def run_ranks(script: str, work: Callable[[Ranks], object], *, hang_timeout: flo
     An error is told once, by the first rank that meets it; what a user can mend is one message. hang_timeout: seconds,
     of --hang_timeout; collective calls wait at least twice as long.
     """
-    ranks = None
+    ranks, whole = None, False
     # Signals are watched until the message is out: the launcher sends SIGTERM as soon as one rank has failed.
     with watching():
         try:
             ranks = detect()
             engine.start(ranks, timeout_minutes=max(30.0, 2.0 * hang_timeout / 60.0))
             work(ranks)
+            whole = True
             return 0
         except Exception as error:
             text, status = explain(error, script)
@@ -34,4 +35,6 @@ def run_ranks(script: str, work: Callable[[Ranks], object], *, hang_timeout: flo
                 print("\nStopped. --resume auto, the default, goes on from the newest checkpoint.", file=sys.stderr)
             return 130
         finally:
-            engine.close()
+            # After a failure the others may sit in a collective call, for which NCCL's end would wait.
+            if whole or ranks is None or ranks.device.type != "cuda":
+                engine.close()

@@ -143,7 +143,11 @@ def detect(environment: MutableMapping[str, str] | None = None) -> Ranks:
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port() if world == 1 else 29500)
-    return Ranks(rank=rank, local_rank=local, world_size=world, device=_device(local, env), launched=launched)
+    device = _device(local, env)
+    if device.type == "cuda":
+        # DeepSpeed takes the GPU of this number, which is not the local rank where a task sees its own GPU alone.
+        env["LOCAL_RANK"] = str(device.index)
+    return Ranks(rank=rank, local_rank=local, world_size=world, device=device, launched=launched)
 
 
 def host() -> str:

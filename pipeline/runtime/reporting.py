@@ -41,8 +41,10 @@ def _card(p: Prediction, picture: np.ndarray) -> MaskCard | CaptionCard | Pictur
         drawn = None if p.picture is None else np.asarray(Image.open(io.BytesIO(p.picture)).convert("RGB"))
         return PictureCard(picture=drawn, text=p.reference["caption"], reference=picture)
     iou = score_masks([p.masks], [p.reference["masks"]])["miou"]
+    height, width = p.reference["size"]
     return MaskCard(
-        picture=picture,
+        # Masks are of the picture's own size; the picture was shrunk if it was packed with --resize.
+        picture=np.asarray(Image.fromarray(picture).resize((width, height))),
         predicted=[None if m is None else rle.decode(m).astype(bool) for m in p.masks],
         true=[rle.decode(m).astype(bool) for m in p.reference["masks"]],
         question=p.reference["question"],

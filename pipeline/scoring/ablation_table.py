@@ -3,9 +3,9 @@
 A score that differs from that of the reference row (in a grid: of the reference label in the same column) by more than
 two standard errors of the difference is marked.
 
-table.json: {"title": ..., "reference": label or "", "rows": {name: {"label": ..., "column": ..., "flags": [...],
-"seeds": [...], "scores": {score: {"mean": m, "std": s or null, "values": [...], "against_reference": "higher", "lower",
-"same" or null} or null}}}}.
+table.json: {"title": ..., "reference": label or "", "train_flags": ..., "eval_flags": those of every run, "rows":
+{name: {"label": ..., "column": ..., "flags": [...], "seeds": [...], "scores": {score: {"mean": m, "std": s or null,
+"values": [...], "against_reference": "higher", "lower", "same" or null} or null}}}}.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def figures(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | 
     """Mean, sample standard deviation and values of each score of the tuned condition over the seeds' reports."""
     found: dict[str, dict[str, Any] | None] = {}
     for name in SCORES:
-        values = [report["tuned"][name] for report in reports]
+        # A report of before a score existed lacks it.
+        values = [report["tuned"].get(name) for report in reports]
         if not values or None in values:
             found[name] = None
         else:
@@ -77,11 +78,13 @@ def write_table(
     reports: Mapping[str, Mapping[int, Mapping[str, Any]]],
     note: str,
     reference: str = "",
+    train_flags: str = "",
+    eval_flags: str = "",
 ) -> str:
     """Writes table.md, table.csv and table.json of the rows that have reports, and returns the Markdown.
 
     reports: row name -> seed -> its report.json. note: a line below the table, such as the command. reference: label
-    of the row that the others are compared with; "" for none.
+    of the row that the others are compared with; "" for none. train_flags, eval_flags: those of every run.
     """
     rows = [row for row in rows if reports.get(row.name)]
     by_row = {row.name: figures(list(reports[row.name].values())) for row in rows}
@@ -103,9 +106,8 @@ def write_table(
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "table.md", text)
     replace_text(folder / "table.csv", _csv(rows, by_row))
-    replace_text(
-        folder / "table.json", json.dumps({"title": title, "reference": reference, "rows": data}, indent=1) + "\n"
-    )
+    whole = {"title": title, "reference": reference, "train_flags": train_flags, "eval_flags": eval_flags}
+    replace_text(folder / "table.json", json.dumps({**whole, "rows": data}, indent=1) + "\n")
     return text
 
 

@@ -53,12 +53,11 @@ def jaccard(a_LZ: np.ndarray, b_LZ: np.ndarray) -> np.ndarray:
     return (a_LZ & b_LZ).sum(1) / np.maximum((a_LZ | b_LZ).sum(1), 1)
 
 
-def chance(n: int, z_dim: int) -> float:
-    """The expected Jaccard overlap of two random sets of n out of z_dim units (hypergeometric)."""
-    total = math.comb(z_dim, n)
+def chance(a: int, b: int, z_dim: int) -> float:
+    """The expected Jaccard overlap of two random sets of a and b out of z_dim units (hypergeometric); a, b >= 1."""
     return sum(
-        math.comb(n, k) * math.comb(z_dim - n, n - k) / total * k / (2 * n - k)
-        for k in range(max(0, 2 * n - z_dim), n + 1)
+        math.comb(a, k) * math.comb(z_dim - a, b - k) / math.comb(z_dim, b) * k / (a + b - k)
+        for k in range(max(0, a + b - z_dim), min(a, b) + 1)
     )
 
 
@@ -84,13 +83,14 @@ def halves(task: Fired, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def overlap_table(tasks: Mapping[str, Fired], seed: int) -> dict[str, dict[str, list[float] | None]]:
-    """{"tasks": {"a/b": [per layer]}, "matched": the same over token-matched places, "halves": {task: [per layer]}}.
+    """{"tasks": {"a/b": [per layer]}, "matched": the same over token-matched places, "halves": {task: [per layer]},
+    "chance": {"a/b": [per layer]}, of random sets as large as those of "tasks"}.
 
     None where two tasks share no token. Raises ValueError for a task with fewer than two samples.
     """
     if short := [name for name, task in tasks.items() if len(np.unique(task.samples)) < 2]:
         raise ValueError(f"{', '.join(short)}: at least two samples are needed to compare halves; take more --samples")
-    table: dict[str, dict[str, list[float] | None]] = {"tasks": {}, "matched": {}, "halves": {}}
+    table: dict[str, dict[str, list[float] | None]] = {"tasks": {}, "matched": {}, "halves": {}, "chance": {}}
     rng = np.random.default_rng(seed)
 
     def compare(a: np.ndarray, b: np.ndarray) -> list[float] | None:
@@ -102,6 +102,8 @@ def overlap_table(tasks: Mapping[str, Fired], seed: int) -> dict[str, dict[str, 
         table["halves"][name] = compare(*halves(task, rng))
     for (name, a), (other, b) in combinations(tasks.items(), 2):
         table["tasks"][f"{name}/{other}"] = compare(a.fired, b.fired)
+        sizes_L2 = np.stack([used_units(frequency(task.fired)).sum(1) for task in (a, b)], axis=1)
+        table["chance"][f"{name}/{other}"] = [chance(int(n), int(m), a.fired.shape[2]) for n, m in sizes_L2]
         places = matched_places(a.tokens, b.tokens, rng)
         table["matched"][f"{name}/{other}"] = compare(a.fired[places[0]], b.fired[places[1]])
     return table
@@ -110,6 +112,12 @@ def overlap_table(tasks: Mapping[str, Fired], seed: int) -> dict[str, dict[str, 
 def mean(values: Sequence[float] | None) -> float | None:
     """Over the layers."""
     return None if values is None else float(np.mean(values))
+
+
+def mean_chance(table: Mapping[str, Mapping[str, list[float] | None]]) -> float:
+    """What random sets would reach, mean over pairs of tasks and layers; 1 for a single task."""
+    values = [value for layers in table["chance"].values() for value in layers or ()]
+    return float(np.mean(values)) if values else 1.0
 
 
 def format_overlap(found: Mapping[str, Mapping[str, Mapping[str, list[float] | None]]], by_chance: float) -> str:

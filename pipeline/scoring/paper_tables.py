@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.scoring.records import make_folder, read_report
 from pipeline.scoring.report import replace_text
-from pipeline.scoring.seeds import read_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +114,14 @@ def _refcoco(reports: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         [name, "measured", *(_ours(report, "tuned", column) for column in columns), where]
         for name, report in reports.items()
         if report["run"].get("phrases") == "each alone"
-        for where in [f"{Path(report['run'].get('data', '')).name} {report['run']['split']}"]
+        for where in [f"{Path(report['run'].get('data') or '').name} {report['run']['split']}"]
     ]
 
 
 def write_tables(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
     """Writes tables.md, table1.csv and table2.csv of the runs' reports (by name), and refcoco.csv where one was scored
     phrase by phrase; returns the path of tables.md."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lines = [
         "# The paper's tables",
         "",
@@ -147,6 +148,23 @@ def write_tables(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> Path
 
 
 def table_runs(runs: Sequence[Path], folder: Path) -> str:
-    """The tables of several evaluated runs, a row of each; returns the Markdown. Raises ValueError for a run without a
-    report."""
-    return write_tables({run.name: read_report(run) for run in runs}, folder).read_text(encoding="utf-8")
+    """The tables of several evaluated runs, a row of each; returns the Markdown.
+
+    Raises ValueError for no run, for one that is named twice, and for one without a whole report.
+    """
+    if not runs:
+        raise ValueError("--tables names no run: give the folders of evaluated runs, with commas")
+    reports = [read_report(run) for run in runs]
+    return write_tables(dict(zip(_names(runs), reports, strict=True)), folder).read_text(encoding="utf-8")
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The ends of the runs' paths, as long as it takes to tell them apart. ValueError if two are the same."""
+    # Links keep the name they were given.
+    paths = [Path(os.path.abspath(run)).parts for run in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = [str(Path(*parts[-length:])) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(str(run) for run, parts in zip(runs, paths, strict=True) if paths.count(parts) > 1)
+    raise ValueError(f"--tables names {twice} twice: name each run once")

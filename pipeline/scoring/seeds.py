@@ -12,29 +12,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.scoring.records import make_folder, read_report
 from pipeline.scoring.report import replace_text
 from pipeline.scoring.scores import CONDITIONS, SCORES
-
-
-def read_report(run: Path) -> dict[str, Any]:
-    """The report.json of a run's folder. ValueError if there is none."""
-    path = run / "report.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: evaluate that run first (pipeline/evaluate_mmud.py --checkpoint {run})")
-    return json.loads(path.read_text())
 
 
 def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, standard deviation (n-1 in the denominator) and values of every score; None where a run lacks the score.
 
-    Raises ValueError for fewer than two reports, or for reports of different splits, protocols or sample counts.
+    Raises ValueError for fewer than two reports, for two of one run, or for reports of different samples, splits,
+    protocols, data sets, kinds of phrases, or settings of the evaluation (but its seed).
     """
     if len(reports) < 2:
         raise ValueError(f"a mean over runs needs at least two reports, found {len(reports)}")
-    for name in ("samples", "split", "protocol"):
-        found = {json.dumps(report["run"].get(name), sort_keys=True) for report in reports}
-        if len(found) > 1:
-            raise ValueError(f"the reports differ in {name}: {', '.join(sorted(found))}; compare like with like")
+    runs = [report["run"] for report in reports]
+    _check_alike(runs)
+    made = [(run["checkpoint"], run.get("seed")) for run in runs if run.get("checkpoint")]
+    if twice := next((one for one in made if made.count(one) > 1), None):
+        raise ValueError(f"two reports are of one run, {twice[0]} of seed {twice[1]}: name each run once")
     summary: dict[str, Any] = {}
     for condition in CONDITIONS:
         summary[condition] = {}
@@ -45,8 +40,21 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             mean, std = (statistics.fmean(values), statistics.stdev(values)) if known else (None, None)
             summary[condition][name] = {"mean": mean, "std": std, "values": values}
     kept = ("seed", "commit", "checkpoint", "seconds", "samples", "split", "protocol", "device", "versions")
-    summary["runs"] = [{key: report["run"].get(key) for key in kept} for report in reports]
+    summary["runs"] = [{key: run.get(key) for key in kept} for run in runs]
     return summary
+
+
+def _check_alike(runs: Sequence[Mapping[str, Any]]) -> None:
+    facts = [{name: run.get(name) for name in ("samples", "split", "protocol", "data", "phrases")} for run in runs]
+    # Reports of before the settings were kept lack them: those are not compared.
+    kept = [run["settings"] for run in runs if run.get("settings") is not None]
+    names = sorted({name for settings in kept for name in settings} - {"seed"})
+    settings = [{f"settings.{name}": one.get(name) for name in names} for one in kept]
+    for alike in (facts, settings):
+        for name in alike[0] if alike else ():
+            found = {json.dumps(one[name], sort_keys=True) for one in alike}
+            if len(found) > 1:
+                raise ValueError(f"the reports differ in {name}: {', '.join(sorted(found))}; compare like with like")
 
 
 def format_summary(summary: Mapping[str, Any], title: str) -> str:
@@ -68,7 +76,9 @@ def format_summary(summary: Mapping[str, Any], title: str) -> str:
     lines += ["| seed | commit | checkpoint | samples | seconds by stage |", "|---|---|---|---|---|"]
     for run in summary["runs"]:
         seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in run["seconds"].items())
-        samples = ", ".join(f"{n} {task}" for task, n in run["samples"].items())
+        samples = run["samples"]
+        if isinstance(samples, Mapping):
+            samples = ", ".join(f"{n} {task}" for task, n in samples.items())
         lines.append(
             f"| {run['seed']} | {run['commit'] or 'none'} | {Path(run['checkpoint']).name} | {samples} | {seconds} |"
         )
@@ -79,9 +89,15 @@ def format_summary(summary: Mapping[str, Any], title: str) -> str:
 
 
 def write_summary(runs: Sequence[Path], folder: Path, title: str) -> str:
-    """Reads the runs' reports, writes summary.json and summary.md to `folder`, and returns the Markdown."""
+    """Reads the runs' reports, writes summary.json and summary.md to `folder`, and returns the Markdown.
+
+    Raises ValueError for a run that is named twice or has no whole report, and as `summarise` does.
+    """
+    places = [run.resolve() for run in runs]
+    if twice := next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None):
+        raise ValueError(f"{twice} is named twice: name each run once")
     summary = summarise([read_report(run) for run in runs])
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = format_summary(summary, title)
     replace_text(folder / "summary.md", text)
     replace_text(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -10,6 +10,21 @@ from typing import Literal
 from pipeline.runtime.command_line import flag
 from pipeline.settings.checks import REPO, distinct, need
 
+_STUDYS_OWN = {
+    "train_flags": {
+        "output_dir": "each run has a folder of its own below the study's --output_dir",
+        "seed": "--seeds of the study names them",
+        "run_name": "each run has the name of its row and seed",
+    },
+    "eval_flags": {
+        "split": "the study says which (test; valid for learning_rates)",
+        "report_dir": "the study looks for a run's report in the run's folder",
+        "checkpoint": "each run's own is scored",
+        **dict.fromkeys(("from", "from_predictions", "tables", "summarise"), "the runs' checkpoints are to be scored"),
+    },
+}
+"""What a study gives itself to the commands of its runs, and why no other value is taken."""
+
 
 @dataclass(kw_only=True)
 class AblationArguments:
@@ -37,6 +52,11 @@ class AblationArguments:
                 shlex.split(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name} is no command line ({error}), found {getattr(self, name)!r}") from error
+        for name, taken in _STUDYS_OWN.items():
+            for word in shlex.split(getattr(self, name)):
+                given = word.split("=")[0]
+                why = taken.get(given[2:].replace("-", "_")) if given.startswith("--") else None
+                need(why is None, f"--{name} may not hold {given}: {why}", getattr(self, name))
         need(not (self.dry_run and self.table_only), "give --dry_run or --table_only, not both", True)
 
     @property

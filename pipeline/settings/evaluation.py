@@ -45,7 +45,9 @@ class EvalArguments:
     prior: str = flag("", "folder of the image prior, as in training when empty")
     candidates: int = flag(4, "pictures drawn for each text; the one nearest to the wanted CLIP embedding is kept")
     temperature: float = flag(1.0, "of the draw of picture codes; 0: the likeliest code")
-    top_k: int = flag(100, "picture codes drawn from the likeliest so many; 0: all")
+    top_k: int | None = flag(
+        None, "picture codes drawn from the likeliest so many; 0: all; unset: 100 for each 512 codes, at most 500"
+    )
     top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
     tables: str = flag(
         "", "comma-separated folders of evaluated runs: only write the paper's tables with a row of each"
@@ -60,7 +62,7 @@ class EvalArguments:
         for name in ("eval_batch", "candidates"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("limit", "max_new_tokens", "temperature", "top_k", "num_workers", "bootstrap"):
-            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+            need((getattr(self, name) or 0) >= 0, f"{name} must not be negative", getattr(self, name))
         need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         for name in ("summarise", "tables"):
             wanted = bool(getattr(self, name))

@@ -57,14 +57,16 @@ class InferArguments:
     n: int = flag(1, "pictures for each description")
     candidates: int = flag(4, "pictures drawn for each; the one nearest to the wanted CLIP embedding is kept")
     picture_temperature: float = flag(1.0, "of the draw of picture codes; 0: the likeliest code")
-    picture_top_k: int = flag(500, "picture codes drawn from the likeliest so many; 0: all")
+    picture_top_k: int | None = flag(
+        None, "picture codes drawn from the likeliest so many; 0: all; unset: 100 for each 512 codes, at most 500"
+    )
     picture_top_p: float = flag(0.95, "picture codes drawn from the likeliest with this mass, above 0 to 1")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "n", "candidates"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("picture_temperature", "picture_top_k"):
-            need(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+            need((getattr(self, name) or 0) >= 0, f"{name} must not be negative", getattr(self, name))
         for name in ("top_p", "picture_top_p"):
             need(0 < getattr(self, name) <= 1, f"{name} must be above 0 and at most 1", getattr(self, name))
         need(

@@ -12,9 +12,11 @@ from pipeline.settings.checks import need
 class InspectArguments:
     """Which checkpoint, on what."""
 
-    checkpoint: str = flag("", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini")
+    checkpoint: str = flag(
+        "", "checkpoint folder, or a run's folder (its newest whole one); empty: runs/mini, else runs/quickstart"
+    )
     split: str = flag("test", "split of the data set")
-    samples: int = flag(200, "samples of each task, at most")
+    samples: int = flag(200, "samples of each task at most; whole batches are taken")
     batch: int = flag(16, "samples per forward pass")
     output_dir: str = flag("", "folder of the figures and tables; empty: <run>/units")
     data: str = flag("", "folder of packed shards; empty: the one that was trained on")
