@@ -9,7 +9,8 @@
 Writes report.json, report.md, details.json, the paper's tables, contact_sheet.png and predictions/ into the run's
 folder (or --report_dir) and, when the run was tracked, logs them to its MLflow run. The result does not depend on the
 number of ranks. --from scores saved predictions again; --tables and --summarise put several reports together (rows of
-the paper's tables; mean ± standard deviation over seeds). These three load no model. --help lists the flags.
+the paper's tables; mean ± standard deviation over seeds). These three load no model. Answers of a task of one's own are
+scored with --from and --task_module, its file. --help lists the flags.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> int:
             join(ranks)
             if text := Evaluation(args, ranks).run():
                 print(text)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         tell_failure(f"evaluate_mmud.py: error: {error}")
         return 2
     finally:

@@ -129,6 +129,19 @@ def test_prompts_end_where_answers_begin(samples, token_map):
         assert [samples[r].objects[i].category for i in reference["object_indices"]] == reference["names"]
 
 
+@pytest.mark.parametrize("limit", [{"max_length": 34}, {"max_objects": 1}])
+def test_what_the_model_has_no_room_for_is_still_the_truth(samples, token_map, limit):
+    sample = max(samples, key=lambda each: len(each.objects))
+    tags = [f"quite a long name of a thing <OBJ-{i}>" for i in range(1, len(sample.objects) + 1)]
+    sample = replace(sample, question="Which?", answer=" and ".join(tags))
+    make = collator(token_map, **{name: n for name, n in limit.items() if name == "max_length"})
+    if "max_objects" in limit:
+        make.options = replace(make.options, max_objects=limit["max_objects"])
+    rows = [(sample, Item(0, 0, "reasoning"))]
+    (reference,) = make.prompts(rows).references
+    assert len(make(rows).masks) < len(sample.objects) == len(reference["masks"]) == len(reference["names"])
+
+
 @pytest.mark.parametrize("mask_tokens", ["inline", "end"])
 @pytest.mark.parametrize("max_length", [34, 36, 40, 48, 64])
 def test_truncation_never_splits_tags_from_targets(samples, token_map, mask_tokens, max_length):

@@ -220,3 +220,13 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     (path / checkpoint.STATE).write_text(json.dumps(facts | {"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         checkpoint.read_state(path)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("[]", "must be a JSON object, found list"), ('{"format": 1}', "lacks its step"), ("{", "cannot be read")],
+)
+def test_a_state_of_something_else_is_refused(tmp_path: Path, text: str, wanted: str) -> None:
+    (tmp_path / checkpoint.STATE).write_text(text)
+    with pytest.raises(ValueError, match=wanted):
+        checkpoint.read_state(tmp_path)

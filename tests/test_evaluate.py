@@ -242,6 +242,19 @@ def test_each_phrase_is_a_sample_of_its_own() -> None:
     assert {(len(s.objects), s.question) for s in found} == {(1, "")}
 
 
+def test_a_sample_that_cannot_be_read_has_no_phrases_and_is_counted() -> None:
+    class Damaged(Split):
+        def __getitem__(self, i: int) -> Sample:
+            if i == 0:
+                raise ValueError("no picture")
+            one = ObjectRecord(phrases=("dog",), box=(0, 0, 1, 1), mask=mask(slice(0, 1)), category="dog")
+            return dataclasses.replace(super().__getitem__(i), objects=(one,))
+
+    each = EachPhrase(Damaged(2))
+    assert [each.key(i) for i in range(len(each))] == ["s1-0-0"]
+    assert each.skipped == ["s0: no picture"]
+
+
 def test_shuffled_takes_over_the_pictures_that_were_drawn_from_text() -> None:
     scorer = evaluator(("generation",), painter=SimpleNamespace())
     scorer._drawn = pictures(3)

@@ -126,12 +126,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         how = ["--protocol", "both", "--max_new_tokens", "16", "--bootstrap", "50", "--candidates", "2"]
         return [*where, *how, "--eval_batch", batch]
 
-    saved = ["--from", str(root / "sixteen/predictions"), "--report_dir", str(root / "again"), "--bootstrap", "50"]
+    unnamed = ["--from", str(root / "sixteen/predictions"), "--report_dir", str(root / "again"), "--bootstrap", "50"]
+    saved = [*unnamed, "--task_module", module]
     plan = [
         {"name": "train", "script": "train.py", "args": train},
         {"name": "one", "script": "evaluate_mmud.py", "args": evaluate("one", "1")},
         {"name": "sixteen", "script": "evaluate_mmud.py", "args": evaluate("sixteen", "16")},
         {"name": "again", "script": "evaluate_mmud.py", "args": saved},
+        {"name": "unnamed module", "script": "evaluate_mmud.py", "args": unnamed},
         {"name": "no answers", "script": "evaluate_mmud.py", "args": ["--from", str(root / "shards")]},
     ]
     (root / "plan.json").write_text(json.dumps(plan))
@@ -208,5 +210,11 @@ def test_saved_answers_score_the_same_without_a_model(root: Path, facts: Facts) 
     tables = (root / "again/tables.md").read_text()
     assert "| again | measured |" in tables and "| printed |" in tables
     assert (root / "again/table1.csv").read_text().splitlines()[0].startswith("model,figures are,reasoning mIoU")
+    assert facts["unnamed module"]["code"] == 2
+    assert f"give --task_module {EXAMPLE} if you trust that file" in facts["unnamed module"]["err"]
+    settings = report(root, "again")["run"]["settings"]
+    assert (settings["max_new_tokens"], settings["candidates"], settings["dtype"]) == (16, 2, "float32")
+    assert (settings["bootstrap"], settings["caption tokenizer"], settings["inception_weights"]) == (50, "simple", "")
+    assert "a tokenizer of our own" in facts["again"]["out"]
     assert facts["no answers"]["code"] == 2
     assert "about.json is missing" in facts["no answers"]["err"]

@@ -19,7 +19,7 @@ from pipeline.runtime.reporting import contact_sections
 from pipeline.scoring.contact_sheet import CaptionCard, MaskCard, PictureCard, Section, _word_width, draw_sheet, wrap
 from pipeline.scoring.predictions import Prediction
 from pipeline.scoring.records import read_report
-from pipeline.scoring.report import build_report, format_table, write_report
+from pipeline.scoring.report import build_report, format_markdown, format_table, tokenizer_note, write_report
 from pipeline.scoring.scores import CONDITIONS, SCORES
 from pipeline.scoring.seeds import summarise, write_summary
 
@@ -66,6 +66,15 @@ def test_files(tmp_path: Path) -> None:
     assert "![contact sheet](sheet.png)" in text
     assert "preset: mini" in text
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["details.json", "report.json", "report.md"]
+
+
+def test_captions_split_without_java_are_said_to_be() -> None:
+    found = example()
+    for tokenizer, said in (("ptb", False), ("simple", True)):
+        found["run"]["settings"] = {"limit": 0, "base_quant": "", "caption tokenizer": tokenizer}
+        text = format_markdown(found)
+        assert f"- settings: limit 0, base_quant none, caption tokenizer {tokenizer}" in text
+        assert ("a tokenizer of our own" in text) == said == bool(tokenizer_note(found))
 
 
 def test_table_has_a_row_per_score() -> None:

@@ -1,4 +1,4 @@
-"""Intervals, pictures' distances, mask scores against pycocotools, saved predictions, the paper's tables. CPU only."""
+"""Intervals, pictures' distances, mask scores against pycocotools, the paper's tables. CPU only."""
 
 from __future__ import annotations
 
@@ -22,17 +22,7 @@ from pipeline.scoring.captions import bleu_of_counts, score_captions
 from pipeline.scoring.distributions import Inception, frechet_distance, inception_score, kernel_distance
 from pipeline.scoring.masks import mask_intervals, match_masks, score_images, score_masks
 from pipeline.scoring.paper_tables import PRINTED, TABLES, table_runs, write_tables
-from pipeline.scoring.predictions import (
-    PictureFeatures,
-    Prediction,
-    load_predictions,
-    read_about,
-    save_about,
-    save_predictions,
-)
 from pipeline.scoring.report import build_report, write_report
-from pipeline.scoring.scores import SCORES
-from pipeline.scoring.suite import Rules, score_predictions
 
 H, W = 12, 16
 
@@ -201,6 +191,8 @@ def test_inception_score_by_hand() -> None:
     kl = (np.log(1 / 0.75) + 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)) / 2
     assert found["mean"] == pytest.approx(np.exp(kl))
     assert inception_score(sure[:5])["mean"] is None
+    # Eleven pictures make parts of two: six, not ten.
+    assert (inception_score(sure)["splits"], inception_score(sure[:11])["splits"]) == (10, 6)
     assert inception_score(sure, seed=1) == inception_score(sure, seed=1)
 
 
@@ -233,72 +225,6 @@ def picture(height: int, width: int, grey: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), (grey, grey, grey)).save(file, "PNG")
     return file.getvalue()
-
-
-def answers() -> list[Prediction]:
-    text = "two lines\u2028and “quotes”"
-    return [
-        Prediction(
-            key="a",
-            task="referring",
-            text="the dog <OBJ-1>",
-            masks=[HALF, None],
-            reference={"question": text, "masks": [LEFT], "names": ["dog"], "index": 0, "size": [H, W]},
-        ),
-        Prediction(
-            key="b",
-            task="generation",
-            text="<GEN>",
-            masks=[],
-            values=[[0.5, 1.0], None],
-            picture=b"png",
-            reference={"question": "q", "caption": "a dog", "index": 0},
-        ),
-    ]
-
-
-def features(rng: np.random.Generator, n: int = 1) -> PictureFeatures:
-    a, b, c = rng.normal(size=(3, n, 6)).astype(np.float32)
-    return PictureFeatures(clip_pictures=a, clip_texts=b, clip_true=c)
-
-
-def test_predictions_come_back_as_they_were(tmp_path: Path, rng: np.random.Generator) -> None:
-    some, rows = answers(), features(rng)
-    save_predictions(some, rows, tmp_path, "tuned")
-    with pytest.raises(ValueError, match=r"about.json is missing"):
-        read_about(tmp_path)
-    save_about(tmp_path, {"conditions": ["tuned"], "tasks": [], "task_module": "", "vocabulary": "", "run": {}})
-    assert read_about(tmp_path)["conditions"] == ["tuned"]
-    read, found = load_predictions(tmp_path, "tuned")
-    assert read == some
-    assert found is not None and np.array_equal(found.clip_true, rows.clip_true) and found.pool is None
-    # Of pictures that are not drawn any more, no features stay behind.
-    save_predictions(some[:1], None, tmp_path, "tuned")
-    assert load_predictions(tmp_path, "tuned") == (some[:1], None)
-    lines = (tmp_path / "tuned.jsonl").read_text()
-    (tmp_path / "tuned.jsonl").write_text(lines + '{"key": "c"}\n')
-    with pytest.raises(ValueError, match=r"line 2 of tuned.jsonl is damaged"):
-        load_predictions(tmp_path, "tuned")
-
-
-def test_every_picture_score_where_there_are_features(rng: np.random.Generator) -> None:
-    one = answers()[1]
-    some = [one] * 60
-    rows = features(rng, 60)
-    rules = Rules(tasks=("generation",), bootstrap=Bootstrap(50))
-    without = score_predictions(some, rows, rules, "tuned")
-    assert without.figures["picture_fid"] is None and "inception_weights" in without.details["generation"]["missing"]
-    assert without.figures["picture_clip_frechet"] is not None
-    rows.pool, rows.pool_true = rng.normal(size=(2, 60, 8)).astype(np.float32)
-    rows.logits = rng.normal(size=(60, 5)).astype(np.float32)
-    scored = score_predictions(some, rows, rules, "tuned")
-    names = {name for name in SCORES if name.startswith("picture_")}
-    assert all(scored.figures[name] is not None for name in names)
-    assert scored.figures["picture_fid"] == frechet_distance(rows.pool_true, rows.pool)
-    assert set(scored.intervals) == {"picture_text_r1_of_50", "picture_clip_cosine"}
-    assert scored.details["generation"]["KID"]["subset_size"] == 60
-    shuffled = score_predictions(some, rows, rules, "shuffled")
-    assert shuffled.figures["picture_fid"] is None and shuffled.figures["picture_clip_cosine"] is not None
 
 
 def test_tables_mark_what_was_printed(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def sample(n: int = 5, **more: object) -> Sample:
         ("A <OBJ-4> is <OBJ-4> it.", "A <OBJ-1> is it.", "A is it. <OBJ-1>", (3,)),
         ("<OBJ-5> it is.", "<OBJ-1> it is.", "it is. <OBJ-1>", (4,)),
         ("Nothing <GEN>.", "Nothing.", "Nothing.", ()),
-        ("a <OBJ-1> b <OBJ-2> c <OBJ-3> d <OBJ-1>", "a <OBJ-1> b <OBJ-2> c d", "a b c d <OBJ-1> <OBJ-2>", (0, 1)),
+        ("a <OBJ-1> b <OBJ-2> c <OBJ-3> d <OBJ-1>", "a <OBJ-1> b <OBJ-2> c d", "a b c d <OBJ-1> <OBJ-2>", (0, 1, 2)),
     ],
 )
 def test_tags_are_renumbered_and_each_object_keeps_one(answer, inline, end, objects):

@@ -30,6 +30,7 @@ from pipeline.scoring.pictures import embed_pictures
 Kind = TypeVar("Kind")
 PATHS = ("base", "clip", "clip_weights", "vqgan", "prior")
 """The settings that say where a frozen model lies."""
+_SETTINGS = ("ModelArguments", "DataArguments", "TrainArguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ def open_checkpoint(checkpoint: str | Path, replaced: Mapping[str, str]) -> Trai
             "makes one"
         )
     state = read_state(folder)
+    config, base = state.get("config"), state.get("base")
+    whole = isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in _SETTINGS)
+    if not whole or not isinstance(base, dict) or "fingerprint" not in base:
+        raise ValueError(f"{folder} is no checkpoint of a tuned model: it does not say its settings and its base model")
     known = {name: path for name, path in replaced.items() if path}
     if is_exported(folder):
         preset = PRESETS.get(state["config"]["ModelArguments"].get("preset", ""), {})

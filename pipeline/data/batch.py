@@ -225,7 +225,8 @@ class PromptBatch:
     attention_mask  [B,T] long
     pixel_values    [B,3,S,S] float32
     references      per row: index (of the sample in its split), answer, caption, question, size (height, width) of the
-                    masks in pixels, object_indices, masks (full-resolution COCO RLE, in target order: <OBJ-1> first),
+                    masks in pixels, object_indices, masks (full-resolution COCO RLE, in target order: <OBJ-1> first;
+                    of every object of the right answer, those that max_objects and max_length leave out included),
                     names (the objects' categories, same order), phrases (what the prompt called them; referring only),
                     values (of a task with a decoder of its own), and what else the task puts there
     answer_ids      the right answer's ids, end token included, for teacher-forced scoring

@@ -258,18 +258,19 @@ class Collator:
         return normalise([row.picture_3SS for row in rows], mean=self.mean, std=self.std)
 
     def _reference(self, row: _Row) -> dict[str, Any]:
-        chosen = [row.sample.objects[i] for i in row.objects]
+        # Of the whole right answer: what max_objects or max_length leave no room for is missed, not gone.
+        chosen = [row.sample.objects[i] for i in row.text.object_indices]
         return {
             "index": row.item.sample,
             "answer": row.text.answer,
             "caption": row.sample.caption,
             "question": row.text.prompt,
             "size": (row.sample.height, row.sample.width),
-            "object_indices": list(row.objects),
+            "object_indices": list(row.text.object_indices),
             "masks": [each.mask for each in chosen],
             "names": [each.category for each in chosen],
             "phrases": [],
-            "values": [list(values) for values in row.text.values[: len(row.objects)]],
+            "values": [list(values) for values in row.text.values],
             **row.text.reference,
         }
 

@@ -40,7 +40,8 @@ class TaskOptions:
 class TaskText:
     """prompt      the question, without the dialogue's frame
     answer         holds <OBJ-1>..<OBJ-k>, each once and in this order, or <GEN>
-    object_indices the sample's objects that <OBJ-1>..<OBJ-k> stand for, 0-based
+    object_indices the sample's objects that <OBJ-1>..<OBJ-k> stand for, 0-based, then those that the right answer is
+                   about and that have no tag: beyond max_objects there is no token for them, but they are there
     values         what the task's own decoder should say of each of them: `Task.values` numbers apiece
     reference      task-specific facts for scoring
     """
@@ -72,24 +73,27 @@ class Task(Protocol):
 
 
 def renumber(answer: str, options: TaskOptions) -> tuple[str, tuple[int, ...]]:
-    """The answer with tags <OBJ-1>, <OBJ-2>, ... by first mention, and the objects they stand for (0-based).
+    """The answer with tags <OBJ-1>, <OBJ-2>, ... by first mention, and the objects that it mentions (0-based).
 
     Only the first mention of an object keeps its tag: one object has one mask. Objects after the first max_objects lose
-    their tags, so the answer's tags and the targets stay the same list.
+    their tags and stand at the list's end: no token is tuned by them, but an answer without them has missed them.
     """
-    kept: list[int] = []
+    mentioned: list[int] = []
 
     def tag(found: re.Match[str]) -> str:
         index = int(found[1]) - 1
-        if index in kept or len(kept) == options.max_objects:
+        if index in mentioned:
             return ""
-        kept.append(index)
-        return f" <OBJ-{len(kept)}>" if found.start() else f"<OBJ-{len(kept)}>"
+        mentioned.append(index)
+        if len(mentioned) > options.max_objects:
+            return ""
+        return f" <OBJ-{len(mentioned)}>" if found.start() else f"<OBJ-{len(mentioned)}>"
 
     text = _SPACED_TAG.sub(tag, _FOREIGN_TAG.sub("", answer))
     if options.mask_tokens == "end":
-        text = " ".join([_SPACED_TAG.sub("", text).strip(), *(f"<OBJ-{i}>" for i in range(1, len(kept) + 1))])
-    return text.strip(), tuple(kept)
+        tagged = min(len(mentioned), options.max_objects)
+        text = " ".join([_SPACED_TAG.sub("", text).strip(), *(f"<OBJ-{i}>" for i in range(1, tagged + 1))])
+    return text.strip(), tuple(mentioned)
 
 
 class Reasoning:

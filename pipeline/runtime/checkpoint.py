@@ -97,14 +97,21 @@ def names_in(path: str | Path) -> tuple[str, str]:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """state.json of a checkpoint, config.json of an exported one. ValueError without, or if it is of another format."""
+    """state.json of a checkpoint, config.json of an exported one.
+
+    Raises ValueError if there is none, if it is of another format, or lacks what every checkpoint has.
+    """
     name = names_in(path)[1]
     try:
         state = json.loads((Path(path) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint: {name} cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no checkpoint: {name} must be a JSON object, found {type(state).__name__}")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    if type(state.get("step")) is not int:
+        raise ValueError(f"{path} is no whole checkpoint: {name} lacks its step; take another checkpoint of the run")
     return state
 
 

@@ -57,16 +57,22 @@ class OtherPictures:
 
 
 class EachPhrase:
-    """A split as RefCOCO's family is scored: one sample for each phrase of each object, with that object alone."""
+    """A split as RefCOCO's family is scored: one sample for each phrase of each object, with that object alone.
+
+    `skipped` names the samples that cannot be read, as "key: reason".
+    """
 
     def __init__(self, dataset: SampleSource) -> None:
         self.dataset = dataset
-        self.places = [
-            (i, o, p)
-            for i in range(len(dataset))
-            for o, each in enumerate(dataset[i].objects)
-            for p in range(len(each.phrases))
-        ]
+        self.places: list[tuple[int, int, int]] = []
+        self.skipped: list[str] = []
+        for i in range(len(dataset)):
+            try:
+                objects = dataset[i].objects
+            except ValueError as error:
+                self.skipped.append(f"{dataset.key(i)}: {error}")
+                continue
+            self.places += [(i, o, p) for o, each in enumerate(objects) for p in range(len(each.phrases))]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -191,6 +197,7 @@ class Evaluator:
                 masks=full_masks(generation, reference["size"]),
                 values=_by_number(generation),
                 reference=reference,
+                cut=protocol == "free-running" and len(generation.ids) >= self.max_new_tokens,
             )
             for key, task, reference, generation in zip(
                 prompts.keys, prompts.tasks, prompts.references, generations, strict=True

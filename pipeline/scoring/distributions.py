@@ -123,7 +123,10 @@ def kernel_distance(true_nE: np.ndarray, made_nE: np.ndarray, *, seed: int = 0) 
 
 
 def inception_score(logits_nC: np.ndarray, *, seed: int = 0, splits: int = IS_SPLITS) -> dict[str, Any]:
-    """Inception score exp(E KL(p(y|x) || p(y))): mean and std over `splits` random parts; None with fewer pictures."""
+    """Inception score exp(E KL(p(y|x) || p(y))): mean and std over `splits` random parts; None with fewer pictures.
+
+    Parts are equal but for the last, so that a few pictures make fewer of them: "splits" says how many there were.
+    """
     from torchmetrics.image.inception import InceptionScore
 
     if len(logits_nC) < splits:
@@ -134,4 +137,5 @@ def inception_score(logits_nC: np.ndarray, *, seed: int = 0, splits: int = IS_SP
         metric = InceptionScore(feature=_Given(logits_nC.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(torch.from_numpy(logits_nC).double())
         mean, std = metric.compute()
-    return {"mean": float(mean), "std": float(std), "splits": splits}
+    # As torchmetrics cuts them.
+    return {"mean": float(mean), "std": float(std), "splits": len(torch.arange(len(logits_nC)).chunk(splits))}

@@ -4,7 +4,8 @@ report.json holds the conditions, each with exactly the keys of `SCORES`, "inter
 
     {"tuned": {...}, "untuned": {...}, "shuffled": {...}, "teacher_forced": {...},
      "intervals": {condition: {score: [low, high]}},
-     "run": {"samples": ..., "seconds": {stage: s}, "versions": {package: version}, "commit": ..., ...}}
+     "run": {"samples": ..., "seconds": {stage: s}, "versions": {package: version}, "commit": ...,
+             "settings": {what the figures depend on besides: setting: value}, ...}}
 
 A score that was not computed is null, never left out. Scores are fractions ([0,1]; CIDEr [0,10]; cosine [-1,1]; the
 distances from 0 up; IS from 1 up), to six decimals: the next depend on how many samples went through a model at a time.
@@ -115,8 +116,25 @@ def format_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tokenizer_note(report: Mapping[str, Any]) -> str:
+    """What is to be said beside caption scores that are not comparable with published ones; "" where they are."""
+    settings = report["run"].get("settings", {})
+    if settings.get("caption tokenizer") != "simple":
+        return ""
+    return (
+        "Captions were split by a tokenizer of our own, for want of java: BLEU, ROUGE-L and CIDEr differ from those "
+        "after COCO's tokenizer, by which published figures are made."
+    )
+
+
 def _samples_line(samples: Any) -> str:
     return ", ".join(f"{n} {name}" for name, n in samples.items()) if isinstance(samples, Mapping) else str(samples)
+
+
+def _run_line(name: str, value: Any) -> str:
+    if name == "settings":
+        value = ", ".join(f"{setting} {'none' if it in ('', None) else it}" for setting, it in value.items())
+    return f"- {name}: {value}"
 
 
 def format_markdown(report: Mapping[str, Any], *, title: str = "Evaluation", notes: str = "", sheet: str = "") -> str:
@@ -133,6 +151,8 @@ def format_markdown(report: Mapping[str, Any], *, title: str = "Evaluation", not
         previous = task
     if report["intervals"]:
         lines += ["", "In brackets: 95 % bootstrap intervals over samples."]
+    if note := tokenizer_note(report):
+        lines += ["", note]
     lines += ["", *(f"- **{name}**: {CONDITIONS[name]}" for name in conditions), ""]
     if sheet:
         lines += ["## Examples", "", f"![contact sheet]({sheet})", ""]
@@ -142,7 +162,7 @@ def format_markdown(report: Mapping[str, Any], *, title: str = "Evaluation", not
         meanings.setdefault(score.label, score.meaning)
     lines += [f"- **{label}**: {meaning}" for label, meaning in meanings.items()]
     lines += ["", "## Run", "", f"- samples: {_samples_line(run['samples'])}", f"- commit: {run['commit'] or 'none'}"]
-    lines += [f"- {name}: {value}" for name, value in run.items() if name not in RUN_KEYS]
+    lines += [_run_line(name, value) for name, value in run.items() if name not in RUN_KEYS]
     lines += [f"- versions: {', '.join(f'{name} {version}' for name, version in run['versions'].items())}"]
     lines += ["", "| stage | seconds |", "|---|---:|"]
     lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in run["seconds"].items()]

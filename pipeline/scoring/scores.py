@@ -60,7 +60,7 @@ SCORES: dict[str, Score] = {
     "caption_object_f1": _caption("object F1", "F1 of the objects that the caption names"),
     "picture_fid": _picture("FID", "Fréchet distance of Inception features; needs --inception_weights", 2),
     "picture_kid": _picture("KID", "kernel distance of Inception features; papers print it times 1000", 4),
-    "picture_is": _picture("IS", "Inception score over 10 splits", 2),
+    "picture_is": _picture("IS", "Inception score over 10 splits (fewer of a few pictures)", 2),
     "picture_clip_frechet": _picture("CLIP Fréchet distance", "as FID, in the space of the run's own CLIP: no FID"),
     "picture_clip_kernel": _picture("CLIP kernel distance", "as KID, in the space of the run's own CLIP: no KID", 4),
     "picture_text_r1_of_50": _picture(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data import rle
 from pipeline.scoring.bootstrap import Bootstrap, Interval
 from pipeline.scoring.captions import METRICS, score_captions
 from pipeline.scoring.distributions import frechet_distance, inception_score, kernel_distance
@@ -24,6 +25,7 @@ from pipeline.scoring.scores import SCORES, TENTHS, Score, add_scores
 Parse = Callable[[str], Iterable[Hashable]]
 GROUP = 50
 """Texts among which a picture has to find its own."""
+CUT = "answers that met max_new_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,14 @@ class Rules:
 
     full_name, colour_shape: read object names in a text (the mini world's grammar); None where a data set has no closed
     vocabulary, and the figures that need them are None then. seed: of the texts a picture is ranked among, of KID's
-    subsets and IS's splits.
+    subsets and IS's splits. one_mask: an answer's masks count as one, their union, as where each phrase is asked for
+    alone (RefCOCO: one mask for each phrase).
     """
 
     tasks: tuple[str, ...]
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     seed: int = 0
+    one_mask: bool = False
     full_name: Parse | None = None
     colour_shape: Parse | None = None
 
@@ -76,7 +80,8 @@ def score_predictions(
             found = SCORERS[task](some, rules, features, condition)
             total.figures |= found.figures
             total.intervals |= found.intervals
-            total.details[task] = found.details
+            cut = [p.cut for p in some]
+            total.details[task] = {**found.details, CUT: None if None in cut else sum(map(bool, cut))}
     return total
 
 
@@ -87,9 +92,13 @@ def add_scorer(task: str, scores: Mapping[str, Score], scorer: Scorer) -> None:
 
 
 def score_segmentation(some: list[Prediction], rules: Rules, _: PictureFeatures | None, condition: str) -> Scored:
-    """Masks of a segmentation task, and whether its words name the right objects."""
+    """Masks of a segmentation task, and whether its words name the right objects. With `one_mask` an answer in two
+    pieces is one mask, so that neither counts as a mask too many."""
     scored, task = Scored(), some[0].task
     predicted, true = [p.masks for p in some], [p.reference["masks"] for p in some]
+    if rules.one_mask:
+        given = [[mask for mask in masks if mask is not None] for masks in predicted]
+        predicted = [[rle.union(masks)] if masks else [] for masks in given]
     intervals = mask_intervals(predicted, true, rules.bootstrap)
     every = {(m, e): score_masks(predicted, true, matching=m, empty=e) for m in MATCHINGS for e in EMPTIES}
     head = every["hungarian", "zero"]
@@ -110,8 +119,9 @@ def score_segmentation(some: list[Prediction], rules: Rules, _: PictureFeatures 
 def score_captioning(some: list[Prediction], rules: Rules, _: PictureFeatures | None, condition: str) -> Scored:
     """Captions of the whole set, and the objects they name."""
     scored = Scored()
-    truths, answers = {p.key: [p.reference["caption"]] for p in some}, {p.key: p.text for p in some}
-    found = score_captions(truths, answers, bootstrap=rules.bootstrap)
+    # By place: keys are unique within one data set only, and a split may be of several.
+    truths = {i: [p.reference["caption"]] for i, p in enumerate(some)}
+    found = score_captions(truths, {i: p.text for i, p in enumerate(some)}, bootstrap=rules.bootstrap)
     for name in METRICS:
         scored.put(f"caption_{name}", found[name], found["intervals"].get(name))
     scored.details = {name: found[name] for name in ("samples", "tokenizer", "missing", "bleu_counts")}
@@ -128,11 +138,11 @@ def score_captioning(some: list[Prediction], rules: Rules, _: PictureFeatures | 
 def score_generation(some: list[Prediction], rules: Rules, features: PictureFeatures | None, condition: str) -> Scored:
     """Drawn pictures by their features; a text whose answer holds no <GEN> has a grey picture.
 
-    "shuffled" pairs each text with another one's picture. The set of pictures is the same then, so that the distances
-    between sets say nothing and are None.
+    "shuffled" pairs each text with another one's picture; of fewer than two there is no other. The set of pictures is
+    the same then, so that the distances between sets say nothing and are None.
     """
     scored = Scored()
-    if features is None:
+    if features is None or (condition == "shuffled" and len(some) < 2):
         return scored
     assert len(features.clip_pictures) == len(some)
     shown, texts = features.clip_pictures, features.clip_texts
@@ -158,7 +168,9 @@ def score_generation(some: list[Prediction], rules: Rules, features: PictureFeat
         scored.put("picture_is", inception["mean"])
         scored.details |= {"KID": kid, "IS": inception}
     else:
-        scored.details["missing"] = "FID, KID and IS: no --inception_weights were given"
+        scored.details["missing"] = (
+            "FID, KID and IS: the answers were saved without Inception's features (--inception_weights)"
+        )
     return scored
 
 

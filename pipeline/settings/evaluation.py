@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from pipeline.runtime.command_line import flag
 from pipeline.settings.checks import need
+
+_WITH_SAVED = ("from_predictions", "task_module", "report_dir", "bootstrap", "seed", "local_rank")
+"""What counts where saved answers are scored."""
 
 
 @dataclass(kw_only=True)
@@ -17,11 +20,12 @@ class EvalArguments:
     checkpoint: str = flag("", "checkpoint, run or exported folder; empty: runs/mini, else runs/quickstart")
     split: str = flag("test", "split of the data set")
     eval_batch: int = flag(32, "prompts per rank decoded together")
-    max_new_tokens: int = flag(64, "tokens of an answer at most")
+    max_new_tokens: int = flag(0, "tokens of an answer at most; 0: 128, for a model of the mini preset 64")
     protocol: Literal["free", "teacher-forced", "both"] = flag(
         "free", "free: the model writes its own answers and task tokens; both: and given the right ones besides"
     )
     from_predictions: str = flag("", "score the answers saved in this folder again, without a model", alias="--from")
+    task_module: str = flag("", "with --from: the Python file of a task of your own, if the answers name one")
     inception_weights: str = flag("", "weights-inception-2015-12-05-6726825d.pth, for FID, KID and IS")
     bootstrap: int = flag(1000, "replicates of the bootstrap that makes the scores' 95 % intervals; 0: no intervals")
     condition: Literal["tuned", "untuned", "shuffled", "all"] = flag("tuned", "shuffled: each prompt has another image")
@@ -55,9 +59,9 @@ class EvalArguments:
     local_rank: int = flag(-1, "given by the deepspeed launcher; the environment counts")
 
     def __post_init__(self) -> None:
-        for name in ("eval_batch", "max_new_tokens", "candidates"):
+        for name in ("eval_batch", "candidates"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("limit", "temperature", "top_k", "num_workers", "bootstrap"):
+        for name in ("limit", "max_new_tokens", "temperature", "top_k", "num_workers", "bootstrap"):
             need((getattr(self, name) or 0) >= 0, f"{name} must not be negative", getattr(self, name))
         need(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         for name in ("summarise", "tables"):
@@ -65,6 +69,12 @@ class EvalArguments:
             need(not wanted or bool(self.report_dir), f"--{name} needs --report_dir, its folder", self.report_dir)
         forced = self.protocol == "both" and self.condition not in ("tuned", "all")
         need(not forced, "--protocol both goes with --condition tuned or all", self.condition)
+        if self.from_predictions:
+            changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+            idle = ", ".join(f"--{name}" for name in changed if name not in _WITH_SAVED)
+            need(not idle, "--from scores answers as they were given and takes no flag that changes them", idle)
+        else:
+            need(not self.task_module, "--task_module goes with --from; a checkpoint remembers it", self.task_module)
 
     @property
     def summarised_runs(self) -> list[Path]:
