@@ -16,6 +16,7 @@ scored with --from and --task_module, its file. --help lists the flags.
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 from pipeline.assembly.evaluation import Evaluation, score_saved
@@ -40,11 +41,12 @@ def main() -> int:
             join(ranks)
             if text := Evaluation(args, ranks).run():
                 print(text)
-    except (ValueError, OSError) as error:
-        tell_failure(f"evaluate_mmud.py: error: {error}")
-        return 2
-    finally:
-        part()
+    except Exception as error:
+        mendable = isinstance(error, (ValueError, OSError))
+        tell_failure(f"evaluate_mmud.py: error: {error}" if mendable else traceback.format_exc())
+        part(failed=True)
+        return 2 if mendable else 1
+    part()
     return 0
 
 

@@ -88,10 +88,18 @@ def join(ranks: Ranks, *, timeout_minutes: float = 120.0) -> None:
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
-def part() -> None:
-    """Ends the process group that `join` started, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def part(*, failed: bool = False) -> None:
+    """Ends the process group that `join` started, if there is one.
+
+    failed: the other ranks may sit in a collective call, for which NCCL's end would wait: there the process ends here.
+    """
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() == "nccl":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 def tell_failure(text: str) -> None:
