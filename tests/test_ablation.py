@@ -145,6 +145,11 @@ def test_parts_share_the_runs_and_the_table(tmp_path: Path, ran: Ran) -> None:
     # Of one seed there is no deviation, and no difference that could be told.
     assert "| β = 1 | 0.600 |" in grid
     assert "| β = 0.4 | 0.100 |" in grid
+    # Columns stand in the study's order, whichever row was finished first.
+    some = AblationArguments(
+        study="table4", rows="beta0.2_tasks4,beta0.4_tasks1", seeds="0", output_dir=f"{tmp_path}/s"
+    )
+    assert "| | 1 task | 4 tasks |" in Ablation(some).run()
     few = AblationArguments(study="table4", rows="beta1_tasks1", seeds="0", output_dir=str(tmp_path / "study"))
     assert Ablation(few).run() == text
 

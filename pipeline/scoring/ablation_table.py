@@ -86,6 +86,7 @@ def write_table(
     reports: row name -> seed -> its report.json. note: a line below the table, such as the command. reference: label
     of the row that the others are compared with; "" for none. train_flags, eval_flags: those of every run.
     """
+    columns = list(dict.fromkeys(row.column for row in rows))
     rows = [row for row in rows if reports.get(row.name)]
     by_row = {row.name: figures(list(reports[row.name].values())) for row in rows}
     seeds = {row.name: sorted(reports[row.name]) for row in rows}
@@ -99,7 +100,7 @@ def write_table(
         | {"scores": by_row[row.name]}
         for row in rows
     }
-    body = _grids(rows, by_row) if rows[0].column else _plain(rows, by_row, seeds)
+    body = _grids(rows, by_row, columns) if rows[0].column else _plain(rows, by_row, seeds)
     marks = f" ▲ higher, ▼ lower than *{reference}* by more than two standard errors of the difference."
     intro = f"Mean ± standard deviation over the seeds.{marks if of_column else ''}"
     text = f"# {title}\n\n{intro}\n\n{body}\n{note}\n"
@@ -133,8 +134,9 @@ def _plain(rows: Sequence[Row], by_row: Mapping[str, Figures], seeds: Mapping[st
     return "\n".join(lines) + "\n"
 
 
-def _grids(rows: Sequence[Row], by_row: Mapping[str, Figures]) -> str:
-    columns, labels = (list(dict.fromkeys(values)) for values in zip(*((r.column, r.label) for r in rows), strict=True))
+def _grids(rows: Sequence[Row], by_row: Mapping[str, Figures], columns: Sequence[str]) -> str:
+    columns = [column for column in columns if any(row.column == column for row in rows)]
+    labels = list(dict.fromkeys(row.label for row in rows))
     place: dict[tuple[str, str], Figures] = {(row.label, row.column): by_row[row.name] for row in rows}
     blocks = []
     for name in _shown(by_row):
