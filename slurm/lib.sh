@@ -17,6 +17,8 @@ prepare() { # the environment of every job
         echo "note: slurm/site.sh names partition $SBATCH_PARTITION, this job is in ${SLURM_JOB_PARTITION:-none}:" \
             "run \`. slurm/site.sh\` before sbatch" >&2
     fi
+    # sbatch passes on its shell's variables, and those of another launcher would count more than srun's.
+    unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
     # DeepSpeed looks for ninja on PATH.
     PATH="$(cd "$NT_VENV" && pwd)/bin:$PATH"
     export PATH PYTHONUNBUFFERED=1

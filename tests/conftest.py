@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REPO = Path(__file__).resolve().parent.parent
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         # Not by its keywords, among which is the name of the checkout's folder.
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """A script that runs within this process leaves no launcher's variables to the processes of later tests."""
+    yield
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +79,7 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     def run(
         *args: str | Path, cwd: Path = tmp_path, timeout: float = 300, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        clean = {name: value for name, value in os.environ.items() if name not in launcher}
+        clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
         clean["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
         command = [sys.executable, *map(str, args)]
         return subprocess.run(

@@ -84,6 +84,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "NT_SHARDS": str(root / "no-shards"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}",
         "OMP_NUM_THREADS": "1",
+        # As left in the shell by another launcher.
+        "RANK": "0",
+        "WORLD_SIZE": "1",
     }
     with contextlib.ExitStack() as stack:
         try:
