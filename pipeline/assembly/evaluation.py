@@ -141,8 +141,9 @@ class Evaluation:
             return ""
         save_about(self.predictions, self._about(saved, main, seconds, per_pair))
         about = read_about(self.predictions)
-        shown, _ = load_predictions(self.predictions, about, "tuned" if "tuned" in asked else asked[0])
-        self._draw(shown)
+        condition = "tuned" if "tuned" in asked else asked[0]
+        shown, _ = load_predictions(self.predictions, about, condition)
+        self._draw(shown, f"{condition}, {main} decoding")
         text = score_answers(about, self.predictions, self.folder, self.args)
         report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         self._log(report, [condition for condition, _ in plan], shown)
@@ -189,12 +190,12 @@ class Evaluation:
             },
         }
 
-    def _draw(self, shown: Sequence[Prediction]) -> None:
+    def _draw(self, shown: Sequence[Prediction], how: str) -> None:
         draw_sheet(
             contact_sections(shown, self.dataset),
             self.folder / SHEET,
             title=f"{self.trained.folder.parent.name} on {self.args.split}",
-            subtitle=f"{self.trained.folder.name} · {self.args.protocol} decoding · the split's first samples",
+            subtitle=f"{self.trained.folder.name} · {how} · the split's first samples",
         )
 
     def _log(self, report: Mapping[str, Any], conditions: Sequence[str], answers: Sequence[Prediction]) -> None:
